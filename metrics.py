@@ -1,0 +1,623 @@
+"""Every score of the field, as a library and as a command.
+
+    python metrics.py real.h5 generated.h5 [more generations] [--oracle FILE ...] [--json FILE] [--no-classifier]
+
+Row i of each file holds a response to the same particle. Notation: w (N, 5) are the channel sums of the real responses,
+w^ (N, 5) those of the generated ones, n_k the number of rows of the unique particle k. Several generations are scored
+one by one: a value is the mean of their scores, a spread their standard deviation (the "average of five runs" of arXiv
+2507.18811, not its code's one histogram of five pooled runs). Every score stands beside its oracle, the same score of
+the simulator run again, and R = value / oracle; without an oracle beside the paired half-against-half floor.
+"""
+from collections import defaultdict
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import common
+import data
+
+CHUNK = 2048  # rows converted to float32 at a time: 16 MB
+SHAPES = ("x", "y", "radius", "lit", "peak", "sum")
+CONDITIONAL = ("MAE_c", "MAE_cw", "MAE_cond", "dispersion", "JaccErr")
+AUCS = ("AUC_low", "AUC_high")
+SCORES = ("W", "MAE", "RMSE", *CONDITIONAL, *(f"shape_{name}" for name in SHAPES), "spectrum", *AUCS, "FPD", "KPD")
+NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; the common channel spans all four
+TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
+LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
+BOOTSTRAPS = 1000
+# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611); rows are per class.
+CLASSIFIER = {"rows": 20_000, "width": 128, "depth": 2, "epochs": 10, "batch": 500, "learning_rate": 1e-3, "trainings": 5}
+
+
+# ---- what is measured on one set of responses --------------------------------------------------------------------
+
+class Sample(NamedTuple):
+    """Responses (N, H, W) with channels (N, 5) in photons, shapes (N, 6) in the order SHAPES (fibres and photons), and
+    spectrum (K,), the number of pixels that hold 0, 1, 2, ... photons."""
+    responses: np.ndarray
+    channels: np.ndarray
+    shapes: np.ndarray
+    spectrum: np.ndarray
+
+
+def channel_weights(shape, convention="papers"):
+    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=, y<), (x>=, y>=)
+    and the common channel. "papers": even i + j to the quadrants, odd to the common channel; "o2": the reverse."""
+    if convention not in ("papers", "o2"):
+        raise common.UserError(f"unknown channel convention {convention!r}, expected papers or o2")
+    i, j = np.indices(shape)
+    quadrant = 2 * (i >= shape[0] // 2) + (j >= shape[1] // 2)
+    is_common = (i + j) % 2 == (1 if convention == "papers" else 0)
+    return np.eye(5, dtype=np.float32)[np.where(is_common, 4, quadrant)]
+
+
+def channels(responses, convention="papers"):
+    """Photon sums of the five channels, float32 (N, 5), of responses (N, H, W); order as in channel_weights."""
+    weights = channel_weights(responses.shape[1:], convention).reshape(-1, 5)
+    flat = responses.reshape(len(responses), -1)
+    parts = [flat[k:k + CHUNK].astype(np.float32) @ weights for k in range(0, len(flat), CHUNK)]
+    return np.concatenate(parts) if parts else np.zeros((0, 5), np.float32)
+
+
+def summarise(responses, convention="papers"):
+    """Sample of responses (N, H, W). The centre of light and the radius (rms distance from it) are in fibres from the middle
+    of the matrix; an empty response has both at 0. UserError on negative or non-finite values."""
+    height, width = responses.shape[1:]
+    x, y = np.indices((height, width)) - np.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
+    moments = np.stack([x, y, x**2 + y**2], axis=-1).astype(np.float32)
+    weights = np.concatenate([channel_weights((height, width), convention), moments], axis=-1).reshape(-1, 8)
+    flat = responses.reshape(len(responses), -1)
+    sums = np.empty((len(flat), 8))  # float32 products are exact here, the divisions below need float64
+    lit, peak = np.empty(len(flat)), np.empty(len(flat))
+    spectrum = np.zeros(LARGEST + 1, np.int64)
+    for k in range(0, len(flat), CHUNK):
+        chunk, rows = flat[k:k + CHUNK], slice(k, k + CHUNK)
+        if chunk.dtype.kind != "u" and not (np.isfinite(chunk).all() and (chunk >= 0).all()):
+            raise common.UserError("responses hold negative or non-finite values, expected photon counts")
+        positive = chunk > 0
+        sums[rows] = chunk.astype(np.float32) @ weights
+        lit[rows], peak[rows] = np.count_nonzero(positive, axis=1), chunk.max(axis=1)
+        values = np.minimum(np.rint(chunk[positive]), LARGEST).astype(np.int64)
+        spectrum += np.bincount(values, minlength=LARGEST + 1)
+    spectrum[0] += flat.size - spectrum.sum()
+    total = sums[:, :5].sum(axis=1)
+    centre, square = np.split(sums[:, 5:] / np.maximum(total, 1e-9)[:, None], [2], axis=1)
+    radius = np.sqrt(np.maximum(square[:, 0] - (centre**2).sum(axis=1), 0))
+    shapes = np.column_stack([centre, radius, lit, peak, total])
+    return Sample(responses, sums[:, :5].astype(np.float32), shapes, np.trim_zeros(spectrum, "b"))
+
+
+# ---- marginal scores ---------------------------------------------------------------------------------------------
+
+def wasserstein(real, generated):
+    """Mean over the columns of the 1-Wasserstein distance, int_0^1 |F^-1(z) - F^^-1(z)| dz (arXiv 2507.18811 Eq. 1).
+    real (N,) or (N, C), generated (M,) or (M, C); N and M may differ; exact, in the units of the input."""
+    u, v = (np.sort(np.asarray(a, np.float64).reshape(len(a), -1), axis=0) for a in (real, generated))
+    n, m = len(u), len(v)
+    # Both quantile functions are steps: they change at multiples of 1 / N and 1 / M, here in units of 1 / (N M).
+    edges = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
+    widths = np.diff(edges, prepend=0) / (n * m)
+    return float((widths @ np.abs(u[(edges - 1) // m] - v[(edges - 1) // n])).mean())
+
+
+def mae(real, generated):
+    """Mean over rows and channels of |w - w^| (CHEP 2024 review of ZDC models, Eq. 14); w, w^ (N, 5), rows match."""
+    return float(np.abs(np.asarray(real, np.float64) - generated).mean())
+
+
+def rmse(real, generated):
+    """sqrt(mean over rows of sum over pixels of (R - R^)^2) for responses (N, H, W) whose rows match. The sum over the
+    pixels is what the published 59.87 holds, although Eq. 15 of the paper divides by their number."""
+    total = 0.0
+    for k in range(0, len(real), CHUNK):
+        difference = real[k:k + CHUNK].astype(np.float32) - generated[k:k + CHUNK].astype(np.float32)
+        total += float(np.vdot(difference, difference))
+    return float(np.sqrt(total / len(real)))
+
+
+def shower_shape(real, generated):
+    """1-Wasserstein distance of each column of shapes (N, 6), (M, 6) in units of the real standard deviation; a dict
+    by SHAPES. A column that does not vary in the real data is taken as it is."""
+    scale = real.std(axis=0)
+    scale[scale == 0] = 1
+    return {name: wasserstein(real[:, k], generated[:, k]) / scale[k] for k, name in enumerate(SHAPES)}
+
+
+def spectrum(real, generated):
+    """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values brought to unit sums (zero
+    pixels are one of the bins): 0 equal, 1 disjoint."""
+    a, b = (np.pad(h, (0, max(len(real), len(generated)) - len(h))) / max(h.sum(), 1) for h in (real, generated))
+    used = a + b > 0
+    return float(0.5 * ((a - b)[used]**2 / (a + b)[used]).sum())
+
+
+# ---- conditional scores, one term for each unique particle -------------------------------------------------------
+
+def particle_means(values, ids):
+    """Mean of values (N, C) over the rows of each particle, float64 (U, C); ids (N,) are 0 .. U - 1."""
+    sums = np.stack([np.bincount(ids, column) for column in np.asarray(values, np.float64).T], axis=1)
+    return sums / np.bincount(ids)[:, None]
+
+
+def particle_medians(values, ids):
+    """Median of values (N, C) over the rows of each particle, float64 (U, C); ids (N,) are 0 .. U - 1."""
+    counts = np.bincount(ids)
+    start = np.cumsum(counts) - counts
+    ordered = np.stack([column[np.lexsort((column, ids))] for column in np.asarray(values, np.float64).T], axis=1)
+    return (ordered[start + (counts - 1) // 2] + ordered[start + counts // 2]) / 2
+
+
+def mae_terms(real, generated, ids):
+    """|mean w - mean w^| of each particle, averaged over the channels, (U,)."""
+    return np.abs(particle_means(real, ids) - particle_means(generated, ids)).mean(axis=1)
+
+
+def particle_weights(ids, score):
+    """p_k of each score, (U,): MAE_c 1, MAE_cw n_k, MAE_cond and JaccErr log(1 + n_k), dispersion that with n_k >= 2."""
+    counts = np.bincount(ids)
+    if score == "MAE_c":
+        return np.ones(len(counts))
+    if score == "MAE_cw":
+        return counts.astype(np.float64)
+    return np.log1p(counts) * (counts >= 2 if score == "dispersion" else 1)
+
+
+def weighted_mean(terms, weights):
+    """sum p t / sum p of terms (U,) and weights (U,), the average over particles; nan where no weight is left."""
+    return float(np.average(terms, weights=weights)) if weights.any() else np.nan
+
+
+def mae_particles(real, generated, ids, score="MAE_cond"):
+    """sum_k p_k |mean w - mean w^|_k / sum_k p_k with the p_k of MAE_c (p = 1), MAE_cw (p = n; both arXiv 2512.20346) or
+    MAE_cond (p = log(1 + n); arXiv 2608.12795 Eq. 3). w, w^ (N, 5), ids (N,) number the particles 0 .. U - 1."""
+    return weighted_mean(mae_terms(real, generated, ids), particle_weights(ids, score))
+
+
+def weighted_median(values, weights):
+    """For each column of values (U, C) the smallest value with at least half of the weight (U,) at or below it."""
+    order = np.argsort(values, axis=0, kind="stable")
+    below = np.cumsum(weights[order], axis=0)
+    first = np.argmax(below >= below[-1] / 2, axis=0)
+    return np.take_along_axis(values, np.take_along_axis(order, first[None], axis=0), axis=0)[0]
+
+
+def dispersion_terms(real, generated, ids, pdg):
+    """Relative difference of the shrunk median absolute deviations of each particle, averaged over channels, (U,)."""
+    counts = np.bincount(ids)
+    types = pdg[np.unique(ids, return_index=True)[1]]
+    mad_real, mad_generated = (
+        particle_medians(np.abs(w - particle_medians(w, ids)[ids]), ids) for w in (real, generated))
+    alpha, prior = np.empty(len(counts)), np.empty(mad_real.shape)
+    for code in np.unique(types):
+        members = np.flatnonzero(types == code)
+        alpha[members] = counts[members] / (counts[members] + np.percentile(counts[members], 10))
+        often = members[counts[members] >= 5]
+        chosen = often if len(often) else members  # a type seen less than 5 times everywhere: all that there is
+        prior[members] = weighted_median(mad_real[chosen], np.log1p(counts[chosen]))
+    shrunk_real, shrunk_generated = (
+        alpha[:, None] * mad + (1 - alpha)[:, None] * prior for mad in (mad_real, mad_generated))
+    return (np.abs(shrunk_generated - shrunk_real) / (shrunk_generated + shrunk_real + TAU)).mean(axis=1)
+
+
+def dispersion(real, generated, ids, pdg):
+    """delta of arXiv 2608.12795 Eq. 4-6: MAD = median |w - median w| per particle and channel, shrunk to the one of its
+    type, MAD~ = a MAD + (1 - a) MAD_type, a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the
+    weighted (log(1 + n)) median of the real MADs of particles with n >= 5; |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau),
+    averaged over channels, then over particles with n >= 2, weights log(1 + n). nan without such particles."""
+    return weighted_mean(dispersion_terms(real, generated, ids, pdg), particle_weights(ids, "dispersion"))
+
+
+def jaccard(values, ids):
+    """J = #(both > 0) / #(either > 0) for each particle and pair of NEIGHBOURS, (U, 4); 1 where both are always 0."""
+    a, b = (values[:, [pair[k] for pair in NEIGHBOURS]] > 0 for k in (0, 1))
+    both, either = particle_means(a & b, ids), particle_means(a | b, ids)
+    return np.where(either > 0, both / np.where(either > 0, either, 1), 1)
+
+
+def jaccard_terms(real, generated, ids):
+    """|J^ - J| of each particle, averaged over the neighbouring pairs, (U,)."""
+    return np.abs(jaccard(generated, ids) - jaccard(real, ids)).mean(axis=1)
+
+
+def jaccard_error(real, generated, ids):
+    """JaccErr of arXiv 2608.12795 Eq. 7-8: mean |J^ - J| over pairs of neighbouring quadrants, then over particles with
+    weights log(1 + n); J says how often two channels fire together. real, generated (N, 5), ids (N,)."""
+    return weighted_mean(jaccard_terms(real, generated, ids), particle_weights(ids, "JaccErr"))
+
+
+def bootstrap(terms, weights, seed=0):
+    """16 % and 84 % points of the weighted mean of terms (U,), weights (U,) when the particles are drawn again with
+    replacement. Medians of types and kappa in the dispersion are kept."""
+    draws = np.random.default_rng(seed).multinomial(len(terms), np.full(len(terms), 1 / len(terms)), BOOTSTRAPS).astype(float)
+    denominator = draws @ weights
+    means = (draws @ (terms * weights))[denominator > 0] / denominator[denominator > 0]
+    return [float(q) for q in np.percentile(means, [16, 84])] if len(means) else None
+
+
+# ---- distances in feature space ----------------------------------------------------------------------------------
+
+def scale_features(real, generated):
+    """Both (N, F), (M, F) divided by max |real| of each feature, as jetnet.evaluation does; float64."""
+    largest = np.abs(real).max(axis=0).astype(np.float64)
+    largest[largest == 0] = 1
+    return real / largest, generated / largest
+
+
+def frechet(mean_a, covariance_a, mean_b, covariance_b):
+    """Squared Frechet distance of two Gaussians, |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)."""
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    # A B and the symmetric A^1/2 B A^1/2 have the same eigenvalues
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance_b @ root), 0)).sum()
+    return float(((mean_a - mean_b)**2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
+
+
+def fpd_sizes(rows):
+    """Smallest and largest sample of fpd: jetnet's 20 000 and 50 000, fewer in the same ratio when there are fewer rows."""
+    largest = min(50_000, rows)
+    return max(2, largest * 2 // 5), largest
+
+
+def sampled_moments(features, sizes, seed):
+    """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,), drawn with replacement from features (N, F): one
+    product of the numbers of times each row was drawn, (S, N), with the features and their products, (N, F + F^2)."""
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((len(sizes), len(features)))
+    for row, size in zip(drawn, sizes):
+        row[:] = np.bincount(rng.integers(len(features), size=size), minlength=len(features))
+    squares = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
+    sums = drawn @ np.concatenate([features, squares], axis=1)
+    means, squares = np.split(sums / sizes[:, None], [features.shape[1]], axis=1)
+    covariances = squares.reshape(len(sizes), features.shape[1], -1) - means[:, :, None] * means[:, None, :]
+    return means, covariances * (sizes / (sizes - 1))[:, None, None]
+
+
+def fpd(real, generated, batches=20, points=10, seed=42):
+    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd): mean of 20 samples at each of 10 sizes
+    regular in 1 / N, straight line in 1 / N with both parameters >= 0. Features (N, F), (M, F) -> (intercept, its error)."""
+    a, b = scale_features(real, generated)
+    middle = a.mean(axis=0)  # the distance does not depend on it, the rounding of the moments does
+    low, high = fpd_sizes(min(len(a), len(b)))
+    sizes = (1 / np.linspace(1 / low, 1 / high, points)).astype(int).repeat(batches)
+    one, other = (sampled_moments(x - middle, sizes, seed + k) for k, x in enumerate((a, b)))
+    values = np.array([frechet(*moments) for moments in zip(*one, *other)]).reshape(points, batches).mean(axis=1)
+    design = np.stack([np.ones(points), 1 / sizes[::batches]], axis=1)
+    line = np.linalg.lstsq(design, values)[0]
+    error = np.sqrt(((values - design @ line)**2).sum() / (points - 2) * np.linalg.inv(design.T @ design)[0, 0])
+    intercept = values.mean() if line[1] < 0 else max(line[0], 0.0)
+    return float(intercept), float(error)
+
+
+def mmd(real, generated):
+    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4, no scaling. The sums over pairs
+    are exact without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (zz^T : z'z'^T)^2, and the sum over
+    all pairs of the square of a . b is the product <A^T A, B^T B> of two small matrices."""
+    rows, columns = np.triu_indices(real.shape[1] + 1)
+    double = np.where(rows == columns, 1, np.sqrt(2))
+    products = []
+    for x in (real, generated):
+        z = np.concatenate([np.ones((len(x), 1)), x / np.sqrt(x.shape[1])], axis=1)
+        products.append(z[:, rows] * z[:, columns] * double)
+    a, b = (p.T @ p for p in products)
+    own = [((g**2).sum() - ((p**2).sum(axis=1)**2).sum()) / (len(p) * (len(p) - 1)) for g, p in zip((a, b), products)]
+    return float(sum(own) - 2 * (a * b).sum() / (len(real) * len(generated)))
+
+
+def kpd(real, generated, batches=10, size=5000, seed=42):
+    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd): median and half of the 16-84 % range of
+    mmd over 10 samples of 5000 rows (all rows when there are fewer). Features (N, F), (M, F) -> (value, error)."""
+    a, b = scale_features(real, generated)
+    size = min(size, len(a), len(b))
+    rng = np.random.default_rng(seed)
+    values = [mmd(a[rng.integers(len(a), size=size)], b[rng.integers(len(b), size=size)]) for _ in range(batches)]
+    low, middle, high = np.percentile(values, [16.275, 50, 83.725])
+    return float(middle), float((high - low) / 2)
+
+
+# ---- classifier --------------------------------------------------------------------------------------------------
+
+def rank_auc(positive, negative):
+    """Probability that a positive (N,) scores above a negative (M,), ties one half: the area under the ROC curve."""
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(below.mean() / (2 * len(ordered)))
+
+
+def _cross_entropy(model, x, y):
+    return optax.sigmoid_binary_cross_entropy(jax.vmap(model)(x), y).mean()
+
+
+_logits = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
+_adam = optax.adam(CLASSIFIER["learning_rate"])
+
+
+@eqx.filter_jit
+def _classifier_epoch(model, state, x, y, batches):
+    """One pass over x (N, F), y (N,) in the order of batches (S, B)."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def step(carry, rows):
+        arrays, state = carry
+        gradient = jax.grad(lambda a: _cross_entropy(eqx.combine(a, static), x[rows], y[rows]))(arrays)
+        updates, state = _adam.update(gradient, state)
+        return (optax.apply_updates(arrays, updates), state), None
+
+    (arrays, state), _ = jax.lax.scan(step, (arrays, state), batches)
+    return eqx.combine(arrays, static), state
+
+
+def classifier_auc(real, generated, seed=0):
+    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both float32 (N, F), row i of both
+    for the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch, and give the AUC, so a pair never stands
+    on two sides. 0.5 = cannot tell; nan below 10 rows."""
+    if len(real) < 10:
+        return np.nan
+    rng = np.random.default_rng(seed)
+    parts = np.split(rng.permutation(len(real)), [len(real) * 6 // 10, len(real) * 8 // 10])
+    train, validation, test = (np.concatenate([part, part + len(real)]) for part in parts)
+    x = jnp.concatenate([jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)])
+    y = jnp.repeat(jnp.array([0.0, 1.0]), len(real))
+    model = eqx.nn.MLP(x.shape[1], "scalar", CLASSIFIER["width"], CLASSIFIER["depth"], jax.nn.leaky_relu,
+                       key=jax.random.key(seed))
+    state = _adam.init(eqx.filter(model, eqx.is_array))
+    size = min(CLASSIFIER["batch"], len(train))
+    best = np.inf
+    for _ in range(CLASSIFIER["epochs"]):
+        order = rng.permutation(train)[:len(train) // size * size].reshape(-1, size)
+        model, state = _classifier_epoch(model, state, x, y, order)
+        loss = optax.sigmoid_binary_cross_entropy(_logits(model, x[validation]), y[validation]).mean()
+        if loss < best:
+            best, logits = loss, np.asarray(_logits(model, x[test]))
+    return rank_auc(logits[len(logits) // 2:], logits[:len(logits) // 2])
+
+
+def standardise(features, reference):
+    """features (N, F) minus the mean of reference, over its standard deviation (1 where it does not vary), float32."""
+    scale = reference.std(axis=0)
+    return ((features - reference.mean(axis=0)) / np.where(scale > 0, scale, 1)).astype(np.float32)
+
+
+def high_level(sample):
+    """Channels and shapes, (N, 11): the features of FPD, KPD and the high-level AUC."""
+    return np.concatenate([sample.channels, sample.shapes], axis=1)
+
+
+def auc_scores(real, generated, particles, seed=0):
+    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples with particles (N, 9).
+    Low level: log1p of the pixels; high level: log1p of the high-level features (with their sign); both with the particle."""
+    rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
+    chosen = particles[rows].astype(np.float64)
+    condition = standardise(chosen, chosen)
+    pixels = [np.log1p(s.responses[rows].reshape(len(rows), -1), dtype=np.float32) for s in (real, generated)]
+    low = classifier_auc(*(np.concatenate([p, condition], axis=1) for p in pixels), seed=seed)
+    features = [np.sign(f) * np.log1p(np.abs(f)) for f in (high_level(real)[rows], high_level(generated)[rows])]
+    scaled = [standardise(f, features[0]) for f in features]
+    return low, classifier_auc(*(np.concatenate([f, condition], axis=1) for f in scaled), seed=seed)
+
+
+# ---- everything together -----------------------------------------------------------------------------------------
+
+def pair_rows(ids, seed=0):
+    """Disjoint rows (a, b) paired at random among those of the same particle; ids (N,). An odd row is left over."""
+    shuffled = np.random.default_rng(seed).permutation(len(ids))
+    order = shuffled[np.argsort(ids[shuffled], kind="stable")]
+    counts = np.bincount(ids[order])
+    rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[ids[order]]
+    left = np.flatnonzero((rank % 2 == 0) & (rank + 1 < counts[ids[order]]))
+    return order[left], order[left + 1]
+
+
+def pair_scores(real, generated, ids, pdg):
+    """(scores, terms) of two Samples whose rows match: floats by name, and by the name of each conditional score its terms
+    (U,); ids (N,) are 0 .. U - 1. "FPD_error" and "KPD_error" are the errors that those two state themselves."""
+    w, generated_w = real.channels, generated.channels
+    features = high_level(real), high_level(generated)
+    terms = {name: mae_terms(w, generated_w, ids) for name in ("MAE_c", "MAE_cw", "MAE_cond")}
+    terms |= {"dispersion": dispersion_terms(w, generated_w, ids, pdg), "JaccErr": jaccard_terms(w, generated_w, ids)}
+    scores = {"W": wasserstein(w, generated_w), "MAE": mae(w, generated_w),
+              "RMSE": rmse(real.responses, generated.responses)}
+    scores |= {name: weighted_mean(terms[name], particle_weights(ids, name)) for name in CONDITIONAL}
+    scores |= {f"shape_{name}": value for name, value in shower_shape(real.shapes, generated.shapes).items()}
+    scores["spectrum"] = spectrum(real.spectrum, generated.spectrum)
+    scores["FPD"], scores["FPD_error"] = fpd(*features)
+    scores["KPD"], scores["KPD_error"] = kpd(*features)
+    return scores, terms
+
+
+def type_scores(real, generated, pdg, codes):
+    """{code: {"W", "MAE"}} on the rows of each particle type in codes; nan where there are none."""
+    result = {}
+    for code in codes:
+        w, generated_w = real.channels[pdg == code], generated.channels[pdg == code]
+        result[code] = {"W": wasserstein(w, generated_w), "MAE": mae(w, generated_w)} if len(w) else {"W": np.nan, "MAE": np.nan}
+    return result
+
+
+def marginals(sample):
+    """Lit fibres in % of all, fibres with a single photon in % of the lit ones, mean and median photon sum."""
+    lit, total = sample.spectrum[1:].sum(), sample.shapes[:, SHAPES.index("sum")]
+    single = sample.spectrum[1:2].sum()
+    return {"lit_percent": 100 * lit / sample.responses.size, "single_percent": 100 * single / max(lit, 1),
+            "sum_mean": total.mean(), "sum_median": np.median(total)}
+
+
+def model_pairs(real, others, rows, convention):
+    """Yield (real Sample, Sample of each array in others, all row numbers)."""
+    for other in others:
+        yield real, summarise(other, convention), rows
+
+
+def floor_pairs(real, ids, count, seed, convention):
+    """Yield `count` times real data against itself, as the papers do: rows paired by equal particle, one of each pair on
+    each side, and the row numbers of the first side. Nothing where no particle stands in two rows."""
+    for k in range(count):
+        a, b = pair_rows(ids, seed + k)
+        if len(a):
+            yield summarise(real[a], convention), summarise(real[b], convention), a
+
+
+def compare(pairs, count, particles, pdg, ids, codes, classifier, seed):
+    """Lists over `pairs` of everything: {"scores": {name: [...]}, "types": {code: {name: [...]}}, "marginals": {name:
+    [...]}, "terms": {name: [...]}}. The trainings of the classifier are dealt out over the `count` pairs."""
+    found = {"scores": defaultdict(list), "types": {code: defaultdict(list) for code in codes},
+             "marginals": defaultdict(list), "terms": defaultdict(list)}
+    for k, (real, generated, rows) in enumerate(pairs):
+        local = np.unique(ids[rows], return_inverse=True)[1]
+        scores, terms = pair_scores(real, generated, local, pdg[rows])
+        _append(found["scores"], scores)
+        _append(found["terms"], terms)
+        _append(found["marginals"], marginals(generated))
+        for code, values in type_scores(real, generated, pdg[rows], codes).items():
+            _append(found["types"][code], values)
+        for training in range(k, CLASSIFIER["trainings"] if classifier else 0, count):
+            _append(found["scores"], dict(zip(AUCS, auc_scores(real, generated, particles[rows], seed + training))))
+    return found
+
+
+def _append(lists, values):
+    for name, value in values.items():
+        lists[name].append(value)
+
+
+def entry(values, references, label, smallest=0.0):
+    """One cell of the result: mean and standard deviation (None of one) of values, the mean of references under `label`,
+    and R = value / oracle, None for a floor, without a reference and where the oracle is not above `smallest`."""
+    value, reference = np.mean(values), np.mean(references) if len(references) else np.nan
+    ratio = value / reference if label == "oracle" and reference > smallest else None
+    cell = {"value": value, "spread": np.std(values, ddof=1) if len(values) > 1 else None, label: reference, "R": ratio}
+    return common.plain(cell)
+
+
+def check_arrays(real, others, particles, pdg):
+    """UserError unless all arrays hold the responses to the same particles, row by row."""
+    if real.ndim != 3 or not len(real):
+        raise common.UserError(f"real responses have shape {real.shape}, expected (N, H, W) with N > 0")
+    for other in others:
+        if other.shape != real.shape:
+            raise common.UserError(f"generated responses have shape {other.shape}, the real ones {real.shape}: "
+                                   "expected one generated response for each real one")
+    if particles.shape != (len(real), 9) or np.shape(pdg) != (len(real),):
+        raise common.UserError(f"particles {particles.shape} and pdg {np.shape(pdg)} do not match {len(real)} responses")
+
+
+def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, seed=0, convention="papers"):
+    """Every score of the generations, a list of (N, H, W) arrays row by row for the particles (N, 9), pdg (N,) of the
+    real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can hold:
+    {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R None without one;
+    "interval" with the bootstrap of the CONDITIONAL ones), "marginals", "types" (those above 1 % of the rows), and what was
+    compared. R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD when their oracle, noise around 0
+    because both subtract their own bias, is not above its error. UserError where the arrays do not match."""
+    pdg, label = np.asarray(pdg), "oracle" if oracle else "floor"
+    check_arrays(real, [*generations, *(oracle or [])], particles, pdg)
+    ids = data.unique_particles(particles)[0]
+    codes = [code for code, rows in zip(*np.unique(pdg, return_counts=True)) if rows > 0.01 * len(pdg)]
+    codes.sort(key=lambda code: -(pdg == code).sum())
+    sample, everything = summarise(real, convention), np.arange(len(real))
+    shared = dict(particles=particles, pdg=pdg, ids=ids, codes=codes, classifier=classifier, seed=seed)
+    model = compare(model_pairs(sample, generations, everything, convention), len(generations), **shared)
+    pairs = (model_pairs(sample, oracle, everything, convention) if oracle else
+             floor_pairs(real, ids, len(generations), seed, convention))
+    reference = compare(pairs, len(oracle or generations), **shared)
+
+    result = {}
+    for name in SCORES if classifier else [name for name in SCORES if name not in AUCS]:
+        values, references = model["scores"][name], reference["scores"][name]
+        noise = reference["scores"][f"{name}_error"]
+        result[name] = entry(values, references, label, np.inf if name in AUCS else np.mean(noise) if noise else 0.0)
+        if name in CONDITIONAL:
+            terms = np.mean(model["terms"][name], axis=0)
+            result[name]["interval"] = bootstrap(terms, particle_weights(ids, name), seed)
+        if f"{name}_error" in model["scores"]:
+            result[name]["error"] = float(np.mean(model["scores"][f"{name}_error"]))
+    result["marginals"] = {name: {"real": float(value)} | entry(model["marginals"][name], reference["marginals"][name], label)
+                           for name, value in marginals(sample).items()}
+    result["types"] = {data.PDG_NAMES.get(int(code), str(code)): {
+        "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code]))} | {
+        name: entry(model["types"][code][name], reference["types"][code][name], label) for name in ("W", "MAE")}
+        for code in codes}
+    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations),
+                     "convention": convention, "fpd_samples": list(fpd_sizes(len(real))),
+                     "kpd_samples": min(5000, len(real)), "classifier": CLASSIFIER if classifier else None}
+
+
+def print_table(scores, title):
+    """Print the result of evaluate: value +- spread beside oracle (or floor) and R, marginals, types."""
+    def text(value, form="{:.4g}"):
+        return "-" if value is None else form.format(value)
+
+    def line(name, cell, label, real=""):
+        spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
+        interval = "" if not cell.get("interval") else "[{:.4g}, {:.4g}]".format(*cell["interval"])
+        print(f"{name:<16}{text(cell['value']):>10} {spread:<11}{text(cell[label]):>10}{text(cell['R'], '{:.2f}'):>8}  {interval}{real}".rstrip())
+
+    label = "oracle" if "oracle" in scores["W"] else "floor"
+    print(f"{title}: {scores['rows']} rows, {scores['particles']} particles, generations: {scores['generations']}")
+    print(f"{'score':<16}{'value':>10} {'':<11}{label:>10}{'R':>8}  68 % over particles")
+    for name in SCORES:
+        if name in scores:
+            line(name, scores[name], label)
+    for name, cell in scores["marginals"].items():
+        line(name, cell, label, f"real {text(cell['real'])}")
+    for name, cells in scores["types"].items():
+        for score in ("W", "MAE"):
+            line(f"{score} {name}", cells[score], label, f"{cells['rows']} rows, {cells['particles']} particles")
+    low, high = scores["fpd_samples"]
+    print(f"FPD from samples of {low} to {high} rows, KPD of {scores['kpd_samples']}"
+          + ("" if (high, scores["kpd_samples"]) == (50_000, 5000) else " (jetnet: 20000 to 50000, 5000; too few rows here)"))
+    if scores["classifier"]:
+        print("classifier: " + ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
+
+
+def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
+    """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the same particle,
+    int (M,). A particle that no training row holds takes the nearest training particle by the conditions (N, C), (M, C);
+    UserError if it comes without them."""
+    ids = data.unique_particles(np.concatenate([train_particles, test_particles]))[0]
+    train, test = ids[:len(train_particles)], ids[len(train_particles):].copy()
+    counts = np.bincount(train, minlength=ids.max() + 1)
+    unseen = np.flatnonzero(counts[test] == 0)
+    if len(unseen) and train_conditions is None:
+        raise common.UserError(f"{len(unseen)} test particles are in no training row: the lookup needs conditions")
+    if len(unseen):
+        known, rows = np.unique(train, return_index=True)
+        particles, first, inverse = np.unique(test[unseen], return_index=True, return_inverse=True)
+        there, here = train_conditions[rows], test_conditions[unseen[first]]
+        nearest = [known[((there - point)**2).sum(axis=1).argmin()] for point in here]
+        test[unseen] = np.array(nearest)[inverse]
+    start = np.cumsum(counts) - counts
+    draws = np.random.default_rng(seed).random(len(test))
+    return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
+
+
+def main(argv=None):
+    """The command line; returns the scores."""
+    parser = common.parser(__doc__, flags=("detector", "seed"))
+    parser.add_argument("real", help="HDF5 file or npz pair with the real responses")
+    parser.add_argument("generated", nargs="+", help="the same for the responses to score; several are several generations")
+    parser.add_argument("--oracle", nargs="+", default=[], metavar="FILE", help="responses of the simulator run again")
+    parser.add_argument("--json", metavar="FILE", help="write the scores there")
+    parser.add_argument("--convention", choices=("papers", "o2"), default="papers", help="fibres of the common channel")
+    parser.add_argument("--no-classifier", action="store_true", help="leave the AUC out")
+    args = parser.parse_args(argv)
+    real = data.load(args.real, args.detector)
+    others = {path: data.load(path, args.detector) for path in args.generated + args.oracle}
+    for path, other in others.items():
+        if not np.array_equal(other.particles, real.particles):
+            raise common.UserError(f"{path}: its particles are not those of {args.real} row by row "
+                                   f"({len(other.particles)} and {len(real.particles)} rows)")
+    generations, oracle = ([others[path].responses for path in paths] for paths in (args.generated, args.oracle))
+    scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier, args.seed,
+                      args.convention)
+    print_table(scores, f"{', '.join(args.generated)} against {args.real}")
+    if args.json:
+        common.write_json(args.json, {"real": args.real, "generated": args.generated, "detector": args.detector,
+                                      "versions": common.versions(), **scores})
+    return scores
+
+
+if __name__ == "__main__":
+    common.run(main)

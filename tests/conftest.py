@@ -1,0 +1,17 @@
+"""Tests run on the CPU, seen as two devices, and keep their data sets and compiled code in a folder of their own."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # both before JAX is first imported
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ZDC_CACHE"] = str(folder)  # os.environ, so that the commands that tests start see it as well
+    return folder
