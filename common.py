@@ -58,6 +58,12 @@ def _fail(message):
     return 2
 
 
+def check_finite(loss, step, checkpoint):
+    """UserError if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
+
+
 # ----------------------------------------------------------------------------------------------------------- flags
 
 def number(kind, low, high=math.inf):
@@ -91,7 +97,7 @@ FLAGS = {
     "generate": dict(type=Path, metavar="FILE", help="particle list to generate responses for; needs --out"),
     "out": dict(type=Path, metavar="FILE", help="HDF5 file to write"),
     "precision": dict(choices=("f32", "bf16"), default="f32", help="of the network; bf16 pays on accelerators only"),
-    "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices that share each batch"),
+    "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices, over all hosts, that share a batch"),
     "quiet": dict(action="store_true", help="no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run"),
 }
@@ -110,6 +116,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, value[args.detector])
         if getattr(args, "generate", None) and not args.out:
             self.error("--generate needs --out")
+        if "devices" in args and args.batch_size % args.devices:
+            self.error("--batch-size must be a multiple of --devices")
         return args
 
 
@@ -306,12 +314,6 @@ def _load_leaf(file, leaf):
     return eqx.default_deserialise_filter_spec(file, leaf)
 
 
-def check_finite(loss, step, checkpoint):
-    """UserError if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}, try a smaller --lr; last good checkpoint: {checkpoint or 'none'}")
-
-
 # ----------------------------------------------------------------------------------------------------------- plots
 
 def _figure(rows, columns, width, height):
@@ -345,12 +347,16 @@ def plot_samples(path, rows, titles):
             axis.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
         axes[0, column].set_title(title, fontsize=8)
         bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=12, ticks=(1, 10, 100), format="%d")
+        bar.set_label("photons", fontsize=8)
         bar.minorticks_off()
     _save_figure(path, figure)
 
 
 def plot_channels(path, real, generated):
-    """Draw the histograms of the five channels, (N, 5) photon sums, as in Fig. 9 of Wojnar, "Even Faster Simulations ..."."""
+    """Draw the histograms of the five channels, (N, 5) photon sums each, as Fig. 9 of the flow matching paper (Wojnar).
+
+    The bins follow the real data; the last one also holds what the model put beyond.
+    """
     figure, axes = _figure(1, len(CHANNEL_NAMES), 2.6, 2.4)
     for axis, name, a, b in zip(axes[0], CHANNEL_NAMES, np.asarray(real).T, np.asarray(generated).T):
         bins = np.linspace(0, 1.1 * max(a.max(), 1), 61)
@@ -383,7 +389,8 @@ def plot_sweep(path, points):
         axis.plot([point[name] for point in points], [point["W"] for point in points], marker="o", label="model")
         if "oracle" in points[0]:
             axis.axhline(points[0]["oracle"], color="0.5", linestyle="--", label="oracle")
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="W")
+        axis.set(xscale="log", xlabel=label, ylabel="W")
+        axis.set_ylim(bottom=0)
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0, 0].legend()
     _save_figure(path, figure)

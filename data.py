@@ -12,6 +12,7 @@ instead is an exact oracle (`simulate`, another run of the same particle) and as
 Sources named below: [P] statistics published with the papers (README, "The data"); [PDG] Review of Particle Physics 2024;
 [TDR] ALICE ZDC technical design report, CERN/LHCC 99-5; [C] calibrated here until the table of `--check` agreed.
 """
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -50,7 +51,7 @@ class Detector(NamedTuple):
 
 DETECTORS = {
     "zn": Detector("zn", (44, 44), 0.16, 0.0, light=0.56, core=1.0, spread=1.0, interaction=10.0),
-    "zp": Detector("zp", (56, 30), 0.40, 19.3, light=0.47, core=1.0, spread=1.9, interaction=16.0),
+    "zp": Detector("zp", (56, 30), 0.40, 19.3, light=0.47, core=0.75, spread=1.9, interaction=16.0),
 }
 
 
@@ -97,40 +98,47 @@ class Primary(NamedTuple):
     particles: int      # unique particles
     share: float        # of the runs before the cut, per cent
     spectrum: tuple     # energy / 7 TeV: a, b of a beta distribution; photons: median GeV, width of a log-normal
-    kt: float           # GeV, mean transverse momentum at 1 TeV; it grows as (E / 1 TeV)^0.55
-    runs: float = 3.0   # shape of the gamma distribution of the runs per particle
+    kt: float           # GeV, mean transverse momentum at 1 TeV; it grows as (E / 1 TeV)^0.15
+    miss: float = 0.0   # cm, |x| of the straight line at the ZDC is at least this
 
 
 PRIMARIES = {   # [C] on the published mix, feature means, unique particles and shares of direct hits
-    22: Primary(660, 57.0, (310.0, 1.08), 0.31),
-    2112: Primary(222, 14.5, (1.2, 2.9), 0.27),
-    2212: Primary(380, 10.0, (1.0, 3.2), 0.30),
-    3122: Primary(54, 2.5, (1.5, 3.0), 0.62),
-    310: Primary(96, 2.4, (0.9, 4.6), 0.85),
-    130: Primary(70, 1.9, (0.9, 4.6), 0.55),
-    211: Primary(440, 7.0, (0.7, 7.0), 0.36),
-    -211: Primary(240, 3.0, (0.7, 7.0), 0.36),
-    321: Primary(70, 1.0, (0.8, 5.0), 0.40),
-    -321: Primary(36, 0.4, (0.7, 5.0), 0.40),
-    -2112: Primary(24, 0.6, (0.9, 5.0), 0.40),
-    -2212: Primary(20, 0.3, (0.9, 5.0), 0.40),
+    22: Primary(640, 61.5, (340.0, 1.0), 0.26),
+    2112: Primary(208, 14.3, (1.3, 3.2), 0.32),
+    2212: Primary(390, 7.6, (1.0, 2.1), 0.26),
+    3122: Primary(47, 2.2, (2.0, 4.6), 0.74),
+    310: Primary(94, 1.4, (1.8, 5.4), 1.50),
+    130: Primary(70, 1.6, (0.9, 4.2), 0.42),
+    211: Primary(550, 5.2, (0.75, 6.0), 0.36),
+    -211: Primary(250, 1.7, (0.7, 6.0), 0.36),
+    321: Primary(70, 0.7, (0.8, 5.0), 0.40),
+    -321: Primary(36, 0.3, (0.7, 5.0), 0.40),
+    -2112: Primary(24, 0.55, (0.9, 5.0), 0.40),
+    -2212: Primary(20, 0.2, (0.9, 5.0), 0.40),
     -3122: Primary(10, 0.2, (0.9, 5.0), 0.40),
-    3222: Primary(30, 0.6, (1.5, 2.6), 0.40),
-    3112: Primary(14, 0.3, (1.2, 3.2), 0.40),
+    3222: Primary(20, 0.28, (2.3, 2.8), 0.10, 3.55),
+    3112: Primary(14, 0.25, (1.2, 3.2), 0.40),
     3322: Primary(10, 0.2, (1.2, 3.2), 0.40),
     3312: Primary(8, 0.1, (1.2, 3.2), 0.40),
     -3222: Primary(4, 0.04, (1.0, 4.0), 0.40),
     -3112: Primary(4, 0.04, (1.0, 4.0), 0.40),
     -3322: Primary(4, 0.04, (1.0, 4.0), 0.40),
-    3334: Primary(3, 0.03, (1.2, 3.2), 0.40),
+    3334: Primary(3, 0.03, (1.2, 5.0), 0.40),
 }
 
 
+RUNS_SHAPE = 3.0   # of the gamma distribution of the runs per particle [C]
+
+
+def _slices(rng, count):
+    """Uniform numbers (count,), one from each of equal slices of [0, 1], so that no mean of 40 particles depends on luck."""
+    return (rng.permutation(count) + rng.random(count)) / count
+
+
 def _energies(pdg, rng):
-    """Energies of all primaries of one type, GeV: one from each of equal slices of the spectrum, so that the mean of
-    forty particles does not depend on luck."""
+    """Energies of all primaries of one type, GeV."""
     count, _, (a, b), *_ = PRIMARIES[pdg]
-    u = (rng.permutation(count) + rng.random(count)) / count
+    u = _slices(rng, count)
     if pdg == 22:
         normal = np.array([NormalDist().inv_cdf(value) for value in u])
         return np.clip(a * np.exp(b * normal), 1.1, 6000.0)
@@ -149,18 +157,20 @@ def primaries(seed, fresh=False):
         species, count = SPECIES[pdg], primary.particles
         mass = species.mass / 1000
         energy = np.maximum(_energies(pdg, rng), 1.1 + mass)
-        kt = primary.kt * (energy / 1000) ** 0.55 * rng.gamma(2.0, 0.5, count)
+        kt = primary.kt * (energy / 1000) ** 0.15 * np.quantile(rng.gamma(2.0, 0.5, 20_000), _slices(rng, count))
         kt = np.minimum(kt, 0.1 * energy)
         phi = rng.uniform(0, 2 * np.pi, count)
         px, py = kt * np.cos(phi), kt * np.sin(phi)
+        px = np.copysign(np.maximum(np.abs(px), primary.miss / FLIGHT_CM * energy), px)
+        kt = np.hypot(px, py)
         pz = np.sqrt(energy**2 - mass**2 - kt**2) * rng.choice([-1.0, 1.0], count)
-        # a photon starts where its pi0 decayed, c tau E / m away with E about 1.7 times the photon's; the others at 0
-        length = rng.exponential(SPECIES[111].ctau / 0.135 * 1.7 * energy) * (pdg == 22)
+        # a photon starts where its pi0 decayed, c tau E / m away with E about 1.15 times the photon's; the others at 0
+        length = rng.exponential(SPECIES[111].ctau / 0.135 * 1.15 * energy) * (pdg == 22)
         vx, vy, vz = length * px / energy, length * py / energy, length * pz / energy
         particles.append(np.stack([energy, vx, vy, vz, px, py, pz, np.full(count, species.mass),
                                    np.full(count, float(species.charge))], axis=1))
         pdgs.append(np.full(count, pdg, np.int32))
-        runs = rng.gamma(primary.runs, size=count)
+        runs = rng.gamma(RUNS_SHAPE, size=count)
         weights.append(primary.share * runs / runs.sum())
     weights = np.concatenate(weights)
     return np.concatenate(particles).astype(np.float32), np.concatenate(pdgs), weights / weights.sum()
@@ -173,7 +183,8 @@ BEAM_CM = 9.4         # a 7 TeV proton passes the ZDC this far from the axis [TD
 APERTURE_CM = 3.7     # beyond it a straight line meets the beam pipe [C]
 WINDOW_CM = (8.5, 31.0, 6.5)   # x from, x to, |y| below: protons come through to ZP, with a little material in the way [C]
 COLLIMATOR_CM = 1.6   # protons whose straight line ends further out than this lose most of their energy on the way [C]
-WALL_CM = 30.0        # a swept particle is in the wall before it is this far off [C]
+HAZE = 0.21           # photons per GeV lost that soft particles would give in an endless calorimeter [C]
+WALL_CM = 34.0        # a swept particle is in the wall before it is this far off [C]
 
 
 class Particles(NamedTuple):
@@ -274,27 +285,27 @@ def _arrive(particles):
 
 
 def _scrape(rng, at):
-    """Collisions with the beam pipe in front of the ZDC. [C]
+    """Collisions with the beam pipe in front of the ZDC: what arrives, and the haze (Lights) of soft particles. [C]
 
     Outside the aperture most particles hit something up to 45 m upstream and arrive as a spray of 16 secondaries, whose
     distance from the particle's line is (transverse momentum / energy) x distance. Inside ZP's window most lose only a little.
     """
-    secondaries = 16
+    secondaries = 20
     charged = at.charge != 0
     low, high, tall = WINDOW_CM
     window = charged & (at.x > low) & (at.x < high) & (np.abs(at.y) < tall)
     wide = np.hypot(at.x - at.bend, at.y) > COLLIMATOR_CM
     outside = np.maximum(np.abs(at.x), np.abs(at.y)) > APERTURE_CM
-    hit = rng.random(len(at.row)) < outside * np.select([window & wide, window, charged], [0.97, 0.8, 0.85], 0.92)
-    thin = window & (rng.random(len(at.row)) < np.where(wide, 0.05, 0.98))
+    hit = rng.random(len(at.row)) < outside * np.select([window & wide, window, charged], [0.985, 0.8, 0.85], 0.98)
+    thin = window & (rng.random(len(at.row)) < np.where(wide, 0.01, 0.99))
     missed, at, thin = _pick(at, ~hit), _pick(at, hit), thin[hit]
     n = len(at.row)
-    lost = np.where(thin, rng.beta(1.0, 10.0, n), rng.beta(5.0, 1.0, n))
-    seen_share = np.where(thin | ~charged[hit], 1.0, rng.beta(2.0, 1.5, n))             # charged secondaries are swept away
-    share = rng.standard_exponential((n, secondaries))
+    lost = np.where(thin, rng.beta(1.0, 12.0, n), rng.beta(5.0, 1.0, n))
+    seen_share = np.where(thin, 1.0, np.where(charged[hit], rng.beta(2.0, 1.5, n), np.where(at.em, 1.0, 0.8)))             # charged secondaries are swept away
+    share = rng.standard_gamma(np.where(charged[hit], 1.0, 0.3)[:, None], (n, secondaries)) + 1e-9
     energy = share * (seen_share * lost * at.energy / share.sum(1))[:, None]            # (n, secondaries)
-    distance = rng.uniform(100.0, 4500.0, (n, 1))                                       # cm
-    transverse = np.where(at.em, 0.14, np.where(at.charge != 0, 0.6, 0.35))[:, None] * np.sqrt(rng.standard_exponential((n, secondaries)))   # GeV
+    distance = np.where(charged[hit], rng.uniform(1000.0, 4500.0, n), rng.uniform(200.0, 1500.0, n))[:, None]   # cm
+    transverse = np.where(at.em, 0.14, np.where(at.charge != 0, 0.38, 0.35))[:, None] * np.sqrt(rng.standard_exponential((n, secondaries)))   # GeV
     radius = transverse * distance / energy
     phi = rng.uniform(0, 2 * np.pi, (n, secondaries))
     # a swept particle is stopped before it has its full bend
@@ -307,7 +318,9 @@ def _scrape(rng, at):
     spray = Arrivals(np.broadcast_to(at.row[:, None], seen.shape)[seen], em[seen], energy[seen], x[seen], y[seen],
                      nothing, nothing)
     rest = _pick(at._replace(energy=at.energy * (1 - lost)), thin)
-    return _join([missed, rest, spray])
+    photons = lost * at.energy * np.minimum(HAZE * np.where(charged[hit], 2.5, 1.0) * rng.lognormal(-0.72, 1.2, n), 1.0)
+    haze = Lights(at.row, photons, at.x - at.bend + bend, at.y, np.ones(n), np.full(n, 2))
+    return _join([missed, rest, spray]), haze
 
 
 # ------------------------------------------------------------------------------------------------------ showers and light
@@ -316,19 +329,22 @@ def _scrape(rng, at):
 # "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters, hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third
 # of its light within +-1 fibre, a 1000-photon neutron has a peak of 30 to 60 and a halo over +-10 fibres [P].
 ELECTROMAGNETIC = ((0.575, 0.16, "exp"), (0.325, 0.42, "exp"), (0.09, 1.3, "tail"), (0.01, 7.0, "exp"))
-HADRONIC = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (2.5, 9.0, "exp"))   # above 1: neutrons far out add light
+HADRONIC = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.0, 9.0, "exp"))   # above 1: neutrons far out add light
+PIPE_CM = 30.0         # width of the haze; it is made in the beam pipe, so it is as wide at both detectors [C]
+HAZE_PROFILE = ((1.0, PIPE_CM, "exp"),)
+PROFILES = ELECTROMAGNETIC, HADRONIC, HAZE_PROFILE
 FAR_CM = 5.0          # components wider than this fluctuate from shower to shower (few neutrons)
 BURST = 1.15          # mean photons of one track in one fibre, geometric
 
 
 class Lights(NamedTuple):
-    """Light sources: `row`, expected photons, position in cm, width against the profile, profile (0 or 1)."""
+    """Light sources: `row`, expected photons, position in cm, width against the profile, number of PROFILES."""
     row: np.ndarray
     photons: np.ndarray
     x: np.ndarray
     y: np.ndarray
     width: np.ndarray
-    hadronic: np.ndarray
+    profile: np.ndarray
 
 
 def _electromagnetic(rng, detector, at):
@@ -336,7 +352,7 @@ def _electromagnetic(rng, detector, at):
     n = len(at.row)
     resolution = np.sqrt(0.38**2 / at.energy + 0.02**2)
     photons = detector.light * at.energy * np.maximum(1 + resolution * rng.standard_normal(n), 0.0)
-    return Lights(at.row, photons, at.x, at.y, np.exp(np.maximum(0.32 * rng.standard_normal(n), -0.3)), np.zeros(n, bool))
+    return Lights(at.row, photons, at.x, at.y, np.exp(np.maximum(0.32 * rng.standard_normal(n), -0.62)), np.zeros(n, int))
 
 
 def _hadronic(rng, detector, at):
@@ -347,7 +363,7 @@ def _hadronic(rng, detector, at):
     """
     n, cascades = len(at.row), 14
     mean = np.clip(1 - np.maximum(at.energy, 1.5) ** -0.18, 0.1, 0.95)
-    pi0 = rng.beta(13 * mean, 13 * (1 - mean))
+    pi0 = rng.beta(20 * mean, 20 * (1 - mean))
     photons = 0.88 * detector.light * at.energy * np.exp(0.05 * rng.standard_normal(n))
     share = rng.standard_gamma(0.4, (n, cascades)) + 1e-12
     share /= share.sum(1, keepdims=True)
@@ -360,8 +376,8 @@ def _hadronic(rng, detector, at):
     keep = light > 0.2
     core = Lights(np.broadcast_to(at.row[:, None], keep.shape)[keep], light[keep],
                   (at.x[:, None] + radius * np.cos(phi))[keep], (at.y[:, None] + radius * np.sin(phi))[keep],
-                 1.1 * np.exp(0.2 * rng.standard_normal(keep.sum())), np.zeros(keep.sum(), bool))
-    halo = Lights(at.row, 0.3 * (1 - pi0) * photons, at.x, at.y, np.exp(0.25 * rng.standard_normal(n)), np.ones(n, bool))
+                 1.1 * np.exp(0.2 * rng.standard_normal(keep.sum())), np.zeros(keep.sum(), int))
+    halo = Lights(at.row, 0.3 * (1 - pi0) * photons, at.x, at.y, np.exp(0.25 * rng.standard_normal(n)), np.ones(n, int))
     return _join([core, halo])
 
 
@@ -371,11 +387,11 @@ def _tracks(rng, detector, lights, share, scale, law):
     Returns row (T,), ix (T,), iy (T,) of the tracks inside the matrix.
     """
     half_x, half_y = detector.half
-    width = scale * (detector.core if scale < 0.2 else detector.spread) * lights.width
+    width = scale * lights.width * (detector.core if scale < 0.2 else detector.spread if scale < PIPE_CM else 1.0)
     x, y = lights.x - detector.centre, lights.y
     gap = np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
     expected = share / BURST * lights.photons * (gap < 10 * width)
-    if scale > FAR_CM:
+    if FAR_CM < scale < PIPE_CM:
         expected = expected * rng.lognormal(-0.32, 0.8, len(expected))
     source = np.repeat(np.arange(len(x)), rng.poisson(expected))
     u = 1 - rng.random(len(source), np.float32)
@@ -395,8 +411,8 @@ def _respond(rng, detector, rows, lights):
     """Photons per fibre, uint16 (rows, H, W): each track gives a geometric number of photons in its fibre."""
     h, w = detector.shape
     fibres = []
-    for hadronic, profile in ((False, ELECTROMAGNETIC), (True, HADRONIC)):
-        sources = _pick(lights, lights.hadronic == hadronic)
+    for number, profile in enumerate(PROFILES):
+        sources = _pick(lights, lights.profile == number)
         for component in profile:
             row, ix, iy = _tracks(rng, detector, sources, *component)
             fibres.append((row * h + ix) * w + iy)
@@ -410,8 +426,8 @@ def _run(rng, detector, particles, pdg):
     energy, vx, vy, vz, px, py, pz = particles[:, :7].astype(np.float64).T
     z = np.sign(pz) * vz   # both sides look alike: z counts towards the ZDC that the particle flies to
     start = Particles(np.arange(len(pdg)), pdg.astype(np.int64), energy, vx, vy, z, px / np.abs(pz), py / np.abs(pz))
-    at = _scrape(rng, _arrive(_decay(rng, start)))
-    lights = _join([_electromagnetic(rng, detector, _pick(at, at.em)), _hadronic(rng, detector, _pick(at, ~at.em))])
+    at, haze = _scrape(rng, _arrive(_decay(rng, start)))
+    lights = _join([_electromagnetic(rng, detector, _pick(at, at.em)), _hadronic(rng, detector, _pick(at, ~at.em)), haze])
     return _respond(rng, detector, len(pdg), lights)
 
 
@@ -475,6 +491,27 @@ def save(path, dataset, **attributes):
         for field in dataset._fields:
             file.create_dataset(field, data=getattr(dataset, field), compression="gzip", compression_opts=1, shuffle=True)
         file.attrs.update(cut=CUT, version=VERSION, **attributes)
+
+
+def save_blocks(path, total, blocks, **attributes):
+    """Stream `blocks`, dicts of arrays that add up to `total` rows, into one HDF5 file: whole or not at all.
+
+    Raises UserError before a block that the disk has no room for (HDF5 itself does not survive a full disk).
+    """
+    path, filled = Path(path), 0
+    with common.write_atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        for block in blocks:
+            need = sum(array.nbytes for array in block.values()) + 2**22
+            if shutil.disk_usage(temporary.parent).free < need:
+                raise UserError(f"{path}: no room on the disk, {need / 2**20:.0f} MiB more needed")
+            rows = len(next(iter(block.values())))
+            for name, array in block.items():
+                if name not in file:
+                    file.create_dataset(name, (total, *array.shape[1:]), array.dtype, chunks=(min(total, 256), *array.shape[1:]),
+                                        compression="gzip", compression_opts=1, shuffle=True)
+                file[name][filled:filled + rows] = array
+            filled += rows
+        file.attrs.update(attributes)
 
 
 def open_data(name, n=None, seed=0, fresh=False, quiet=False):

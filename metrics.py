@@ -8,12 +8,11 @@ one by one: a value is the mean of their scores, a spread their standard deviati
 2507.18811, not its code's one histogram of five pooled runs). Every score stands beside its oracle, the same score of
 the simulator run again, and R = value / oracle; without an oracle beside the paired half-against-half floor.
 """
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -29,11 +28,13 @@ NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; t
 TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
 LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
 BOOTSTRAPS = 1000
-# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611); rows are per class.
-CLASSIFIER = {"rows": 20_000, "width": 128, "depth": 2, "epochs": 10, "batch": 500, "learning_rate": 1e-3, "trainings": 5}
+FLOORS = 2  # random pairings that the half-against-half floor averages
+# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of one class.
+CLASSIFIER = dict(rows=20_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
+ADAM = optax.adam(CLASSIFIER["learning_rate"])
 
 
-# ---- what is measured on one set of responses --------------------------------------------------------------------
+# ----------------------------------------------------------------------------- what is measured on one set of responses
 
 class Sample(NamedTuple):
     """Responses (N, H, W) with channels (N, 5) in photons, shapes (N, 6) in the order SHAPES (fibres and photons), and
@@ -45,8 +46,9 @@ class Sample(NamedTuple):
 
 
 def channel_weights(shape, convention="papers"):
-    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=, y<), (x>=, y>=)
-    and the common channel. "papers": even i + j to the quadrants, odd to the common channel; "o2": the reverse."""
+    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=, y<), (x>=,
+    y>=), then the common channel. "papers": even i + j to the quadrants, odd to the common channel; "o2": the
+    reverse."""
     if convention not in ("papers", "o2"):
         raise common.UserError(f"unknown channel convention {convention!r}, expected papers or o2")
     i, j = np.indices(shape)
@@ -58,40 +60,58 @@ def channel_weights(shape, convention="papers"):
 def channels(responses, convention="papers"):
     """Photon sums of the five channels, float32 (N, 5), of responses (N, H, W); order as in channel_weights."""
     weights = channel_weights(responses.shape[1:], convention).reshape(-1, 5)
-    flat = responses.reshape(len(responses), -1)
-    parts = [flat[k:k + CHUNK].astype(np.float32) @ weights for k in range(0, len(flat), CHUNK)]
-    return np.concatenate(parts) if parts else np.zeros((0, 5), np.float32)
+    flat = responses.reshape(-1, len(weights))
+    sums = np.empty((len(flat), 5), np.float32)
+    for k in range(0, len(flat), CHUNK):
+        sums[k:k + CHUNK] = flat[k:k + CHUNK].astype(np.float32) @ weights
+    return sums
+
+
+def pixel_counts(responses):
+    """How many pixels of responses (N, H, W) hold 0, 1, 2, ... photons, int64 (K,); numbers that are not whole are
+    rounded. UserError on negative or non-finite values."""
+    counts = np.zeros(LARGEST + 1, np.int64)
+    for k in range(0, len(responses), CHUNK):
+        chunk = responses[k:k + CHUNK]
+        if chunk.dtype.kind != "u" and not (np.isfinite(chunk).all() and (chunk >= 0).all()):
+            raise common.UserError("responses hold negative or non-finite values, expected photon counts")
+        values = chunk[chunk > 0]  # the empty ones, 95 % of all, are what is left
+        if chunk.dtype != np.uint16:
+            values = np.rint(np.minimum(values, LARGEST)).astype(np.int64)
+        counts += np.bincount(values, minlength=LARGEST + 1)
+    counts[0] += responses.size - counts.sum()
+    return np.trim_zeros(counts, "b")
 
 
 def summarise(responses, convention="papers"):
-    """Sample of responses (N, H, W). The centre of light and the radius (rms distance from it) are in fibres from the middle
-    of the matrix; an empty response has both at 0. UserError on negative or non-finite values."""
+    """Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius is the rms
+    distance from it; both are 0 for an empty response. UserError on negative or non-finite values."""
     height, width = responses.shape[1:]
+    counts = pixel_counts(responses)
     x, y = np.indices((height, width)) - np.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
     moments = np.stack([x, y, x**2 + y**2], axis=-1).astype(np.float32)
     weights = np.concatenate([channel_weights((height, width), convention), moments], axis=-1).reshape(-1, 8)
-    flat = responses.reshape(len(responses), -1)
-    sums = np.empty((len(flat), 8))  # float32 products are exact here, the divisions below need float64
+    flat = responses.reshape(-1, height * width)
+    sums = np.empty((len(flat), 8))  # the products of photon counts are exact in float32, the ratios below need more
     lit, peak = np.empty(len(flat)), np.empty(len(flat))
-    spectrum = np.zeros(LARGEST + 1, np.int64)
     for k in range(0, len(flat), CHUNK):
         chunk, rows = flat[k:k + CHUNK], slice(k, k + CHUNK)
-        if chunk.dtype.kind != "u" and not (np.isfinite(chunk).all() and (chunk >= 0).all()):
-            raise common.UserError("responses hold negative or non-finite values, expected photon counts")
-        positive = chunk > 0
         sums[rows] = chunk.astype(np.float32) @ weights
-        lit[rows], peak[rows] = np.count_nonzero(positive, axis=1), chunk.max(axis=1)
-        values = np.minimum(np.rint(chunk[positive]), LARGEST).astype(np.int64)
-        spectrum += np.bincount(values, minlength=LARGEST + 1)
-    spectrum[0] += flat.size - spectrum.sum()
+        lit[rows], peak[rows] = np.count_nonzero(chunk, axis=1), chunk.max(axis=1)
     total = sums[:, :5].sum(axis=1)
     centre, square = np.split(sums[:, 5:] / np.maximum(total, 1e-9)[:, None], [2], axis=1)
     radius = np.sqrt(np.maximum(square[:, 0] - (centre**2).sum(axis=1), 0))
     shapes = np.column_stack([centre, radius, lit, peak, total])
-    return Sample(responses, sums[:, :5].astype(np.float32), shapes, np.trim_zeros(spectrum, "b"))
+    return Sample(responses, sums[:, :5].astype(np.float32), shapes, counts)
 
 
-# ---- marginal scores ---------------------------------------------------------------------------------------------
+def take(sample, rows):
+    """The Sample of some of its rows (M,)."""
+    responses = sample.responses[rows]
+    return Sample(responses, sample.channels[rows], sample.shapes[rows], pixel_counts(responses))
+
+
+# ------------------------------------------------------------------------------------------------------ marginal scores
 
 def wasserstein(real, generated):
     """Mean over the columns of the 1-Wasserstein distance, int_0^1 |F^-1(z) - F^^-1(z)| dz (arXiv 2507.18811 Eq. 1).
@@ -128,87 +148,75 @@ def shower_shape(real, generated):
 
 
 def spectrum(real, generated):
-    """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values brought to unit sums (zero
-    pixels are one of the bins): 0 equal, 1 disjoint."""
+    """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values, brought to unit sums;
+    the empty pixels are one of the bins. 0 equal, 1 disjoint."""
     a, b = (np.pad(h, (0, max(len(real), len(generated)) - len(h))) / max(h.sum(), 1) for h in (real, generated))
     used = a + b > 0
     return float(0.5 * ((a - b)[used]**2 / (a + b)[used]).sum())
 
 
-# ---- conditional scores, one term for each unique particle -------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- conditional scores
+# ids (N,) number the unique particles 0 .. U - 1. Each function returns one term for each particle, (U,); the score is
+# weighted_mean(terms, particle_weights(ids, name)), and the bootstrap draws terms again.
 
 def particle_means(values, ids):
-    """Mean of values (N, C) over the rows of each particle, float64 (U, C); ids (N,) are 0 .. U - 1."""
+    """Mean of values (N, C) over the rows of each particle, float64 (U, C)."""
     sums = np.stack([np.bincount(ids, column) for column in np.asarray(values, np.float64).T], axis=1)
     return sums / np.bincount(ids)[:, None]
 
 
 def particle_medians(values, ids):
-    """Median of values (N, C) over the rows of each particle, float64 (U, C); ids (N,) are 0 .. U - 1."""
+    """Median of values (N, C) over the rows of each particle, float64 (U, C)."""
     counts = np.bincount(ids)
     start = np.cumsum(counts) - counts
     ordered = np.stack([column[np.lexsort((column, ids))] for column in np.asarray(values, np.float64).T], axis=1)
     return (ordered[start + (counts - 1) // 2] + ordered[start + counts // 2]) / 2
 
 
-def mae_terms(real, generated, ids):
-    """|mean w - mean w^| of each particle, averaged over the channels, (U,)."""
-    return np.abs(particle_means(real, ids) - particle_means(generated, ids)).mean(axis=1)
-
-
-def particle_weights(ids, score):
-    """p_k of each score, (U,): MAE_c 1, MAE_cw n_k, MAE_cond and JaccErr log(1 + n_k), dispersion that with n_k >= 2."""
+def particle_weights(ids, name):
+    """p_k of a score, (U,): MAE_c 1, MAE_cw n, MAE_cond and JaccErr log(1 + n), dispersion the same where n >= 2."""
     counts = np.bincount(ids)
-    if score == "MAE_c":
-        return np.ones(len(counts))
-    if score == "MAE_cw":
-        return counts.astype(np.float64)
-    return np.log1p(counts) * (counts >= 2 if score == "dispersion" else 1)
+    if name in ("MAE_c", "MAE_cw"):
+        return np.ones(len(counts)) if name == "MAE_c" else counts.astype(np.float64)
+    return np.log1p(counts) * (counts >= (2 if name == "dispersion" else 1))
 
 
 def weighted_mean(terms, weights):
-    """sum p t / sum p of terms (U,) and weights (U,), the average over particles; nan where no weight is left."""
-    return float(np.average(terms, weights=weights)) if weights.any() else np.nan
+    """sum p t / sum p of terms (U,) and weights (U,); nan where no weight is left."""
+    return float(terms @ weights / weights.sum()) if weights.any() else np.nan
 
 
-def mae_particles(real, generated, ids, score="MAE_cond"):
-    """sum_k p_k |mean w - mean w^|_k / sum_k p_k with the p_k of MAE_c (p = 1), MAE_cw (p = n; both arXiv 2512.20346) or
-    MAE_cond (p = log(1 + n); arXiv 2608.12795 Eq. 3). w, w^ (N, 5), ids (N,) number the particles 0 .. U - 1."""
-    return weighted_mean(mae_terms(real, generated, ids), particle_weights(ids, score))
+def mae_particles(real, generated, ids):
+    """|mean w - mean w^|, means over the rows of each particle, averaged over the channels; w, w^ (N, 5). The terms of
+    MAE_c, MAE_cw (arXiv 2512.20346, p = 1 and p = n) and MAE_cond (arXiv 2608.12795 Eq. 3, p = log(1 + n))."""
+    return np.abs(particle_means(real, ids) - particle_means(generated, ids)).mean(axis=1)
 
 
 def weighted_median(values, weights):
-    """For each column of values (U, C) the smallest value with at least half of the weight (U,) at or below it."""
+    """In each column of values (U, C) the smallest with at least half of the weight (U,) at or below it, (C,)."""
     order = np.argsort(values, axis=0, kind="stable")
     below = np.cumsum(weights[order], axis=0)
     first = np.argmax(below >= below[-1] / 2, axis=0)
     return np.take_along_axis(values, np.take_along_axis(order, first[None], axis=0), axis=0)[0]
 
 
-def dispersion_terms(real, generated, ids, pdg):
-    """Relative difference of the shrunk median absolute deviations of each particle, averaged over channels, (U,)."""
+def dispersion(real, generated, ids, pdg):
+    """delta of arXiv 2608.12795 Eq. 4-6: |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau), averaged over the channels; w, w^ (N,
+    5), pdg (N,). MAD = median |w - median w| of a particle is shrunk to its type, MAD~ = a MAD + (1 - a) MAD_type with
+    a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the median, weighted by log(1 + n), of the
+    real MADs of its particles with n >= 5."""
     counts = np.bincount(ids)
     types = pdg[np.unique(ids, return_index=True)[1]]
-    mad_real, mad_generated = (
-        particle_medians(np.abs(w - particle_medians(w, ids)[ids]), ids) for w in (real, generated))
-    alpha, prior = np.empty(len(counts)), np.empty(mad_real.shape)
+    mads = [particle_medians(np.abs(w - particle_medians(w, ids)[ids]), ids) for w in (real, generated)]
+    alpha, prior = np.empty((len(counts), 1)), np.empty(mads[0].shape)
     for code in np.unique(types):
         members = np.flatnonzero(types == code)
-        alpha[members] = counts[members] / (counts[members] + np.percentile(counts[members], 10))
+        alpha[members, 0] = counts[members] / (counts[members] + np.percentile(counts[members], 10))
         often = members[counts[members] >= 5]
-        chosen = often if len(often) else members  # a type seen less than 5 times everywhere: all that there is
-        prior[members] = weighted_median(mad_real[chosen], np.log1p(counts[chosen]))
-    shrunk_real, shrunk_generated = (
-        alpha[:, None] * mad + (1 - alpha)[:, None] * prior for mad in (mad_real, mad_generated))
-    return (np.abs(shrunk_generated - shrunk_real) / (shrunk_generated + shrunk_real + TAU)).mean(axis=1)
-
-
-def dispersion(real, generated, ids, pdg):
-    """delta of arXiv 2608.12795 Eq. 4-6: MAD = median |w - median w| per particle and channel, shrunk to the one of its
-    type, MAD~ = a MAD + (1 - a) MAD_type, a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the
-    weighted (log(1 + n)) median of the real MADs of particles with n >= 5; |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau),
-    averaged over channels, then over particles with n >= 2, weights log(1 + n). nan without such particles."""
-    return weighted_mean(dispersion_terms(real, generated, ids, pdg), particle_weights(ids, "dispersion"))
+        chosen = often if len(often) else members  # no particle of the type is frequent: all there is
+        prior[members] = weighted_median(mads[0][chosen], np.log1p(counts[chosen]))
+    shrunk, shrunk_generated = (alpha * mad + (1 - alpha) * prior for mad in mads)
+    return (np.abs(shrunk_generated - shrunk) / (shrunk_generated + shrunk + TAU)).mean(axis=1)
 
 
 def jaccard(values, ids):
@@ -218,27 +226,21 @@ def jaccard(values, ids):
     return np.where(either > 0, both / np.where(either > 0, either, 1), 1)
 
 
-def jaccard_terms(real, generated, ids):
-    """|J^ - J| of each particle, averaged over the neighbouring pairs, (U,)."""
+def jaccard_error(real, generated, ids):
+    """|J^ - J| averaged over the pairs of neighbours: the terms of JaccErr (arXiv 2608.12795 Eq. 7-8), which asks how
+    often two channels fire together. real, generated (N, 5)."""
     return np.abs(jaccard(generated, ids) - jaccard(real, ids)).mean(axis=1)
 
 
-def jaccard_error(real, generated, ids):
-    """JaccErr of arXiv 2608.12795 Eq. 7-8: mean |J^ - J| over pairs of neighbouring quadrants, then over particles with
-    weights log(1 + n); J says how often two channels fire together. real, generated (N, 5), ids (N,)."""
-    return weighted_mean(jaccard_terms(real, generated, ids), particle_weights(ids, "JaccErr"))
-
-
 def bootstrap(terms, weights, seed=0):
-    """16 % and 84 % points of the weighted mean of terms (U,), weights (U,) when the particles are drawn again with
-    replacement. Medians of types and kappa in the dispersion are kept."""
-    draws = np.random.default_rng(seed).multinomial(len(terms), np.full(len(terms), 1 / len(terms)), BOOTSTRAPS).astype(float)
-    denominator = draws @ weights
-    means = (draws @ (terms * weights))[denominator > 0] / denominator[denominator > 0]
-    return [float(q) for q in np.percentile(means, [16, 84])] if len(means) else None
+    """16 % and 84 % points of weighted_mean(terms, weights) when particles are drawn again with replacement (the terms
+    are kept, so kappa and MAD_type are those of the full set); None without weight."""
+    draws = np.random.default_rng(seed).multinomial(len(terms), np.full(len(terms), 1 / len(terms)), BOOTSTRAPS)
+    top, bottom = (draws @ np.stack([terms * weights, weights], axis=1)).T
+    return np.percentile(top[bottom > 0] / bottom[bottom > 0], [16, 84]).tolist() if weights.any() else None
 
 
-# ---- distances in feature space ----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- distances in feature space
 
 def scale_features(real, generated):
     """Both (N, F), (M, F) divided by max |real| of each feature, as jetnet.evaluation does; float64."""
@@ -257,28 +259,34 @@ def frechet(mean_a, covariance_a, mean_b, covariance_b):
 
 
 def fpd_sizes(rows):
-    """Smallest and largest sample of fpd: jetnet's 20 000 and 50 000, fewer in the same ratio when there are fewer rows."""
+    """Smallest and largest sample of fpd: jetnet's 20 000 and 50 000, or as many as there are rows and 0.4 of them."""
     largest = min(50_000, rows)
     return max(2, largest * 2 // 5), largest
 
 
 def sampled_moments(features, sizes, seed):
-    """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,), drawn with replacement from features (N, F): one
-    product of the numbers of times each row was drawn, (S, N), with the features and their products, (N, F + F^2)."""
+    """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,) drawn with replacement from features (N, F):
+    one product of how often each row was drawn, (S, N), with the features and their products, (N, F + F (F + 1) /
+    2)."""
     rng = np.random.default_rng(seed)
     drawn = np.empty((len(sizes), len(features)))
     for row, size in zip(drawn, sizes):
         row[:] = np.bincount(rng.integers(len(features), size=size), minlength=len(features))
-    squares = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
-    sums = drawn @ np.concatenate([features, squares], axis=1)
-    means, squares = np.split(sums / sizes[:, None], [features.shape[1]], axis=1)
-    covariances = squares.reshape(len(sizes), features.shape[1], -1) - means[:, :, None] * means[:, None, :]
+    i, j = np.triu_indices(features.shape[1])
+    sums = drawn @ np.concatenate([features, features[:, i] * features[:, j]], axis=1)
+    means, products = np.split(sums / sizes[:, None], [features.shape[1]], axis=1)
+    covariances = np.empty((len(sizes), features.shape[1], features.shape[1]))
+    covariances[:, i, j] = covariances[:, j, i] = products - means[:, i] * means[:, j]
     return means, covariances * (sizes / (sizes - 1))[:, None, None]
 
 
 def fpd(real, generated, batches=20, points=10, seed=42):
-    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd): mean of 20 samples at each of 10 sizes
-    regular in 1 / N, straight line in 1 / N with both parameters >= 0. Features (N, F), (M, F) -> (intercept, its error)."""
+    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd) of features (N, F), (M, F): mean
+    of 20 samples at each of 10 sizes regular in 1 / size, least squares line through them with both parameters >= 0.
+    (intercept, its error); nan below 10 rows. (The fit inside jetnet stops early where the distances are far below 1
+    and returns about their mean: it reads up to a third higher than the line, 1.37e-4 for 1.02e-4.)"""
+    if min(len(real), len(generated)) < 10:
+        return np.nan, np.nan
     a, b = scale_features(real, generated)
     middle = a.mean(axis=0)  # the distance does not depend on it, the rounding of the moments does
     low, high = fpd_sizes(min(len(a), len(b)))
@@ -287,15 +295,16 @@ def fpd(real, generated, batches=20, points=10, seed=42):
     values = np.array([frechet(*moments) for moments in zip(*one, *other)]).reshape(points, batches).mean(axis=1)
     design = np.stack([np.ones(points), 1 / sizes[::batches]], axis=1)
     line = np.linalg.lstsq(design, values)[0]
-    error = np.sqrt(((values - design @ line)**2).sum() / (points - 2) * np.linalg.inv(design.T @ design)[0, 0])
+    error = np.sqrt(((values - design @ line)**2).sum() / (points - 2) * np.linalg.pinv(design.T @ design)[0, 0])
     intercept = values.mean() if line[1] < 0 else max(line[0], 0.0)
     return float(intercept), float(error)
 
 
 def mmd(real, generated):
-    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4, no scaling. The sums over pairs
-    are exact without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (zz^T : z'z'^T)^2, and the sum over
-    all pairs of the square of a . b is the product <A^T A, B^T B> of two small matrices."""
+    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. The sums over pairs of rows
+    come without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, a and b the products of two
+    elements of z and of z', and the sum of (a . b)^2 over all pairs is the product A^T A : B^T B of two small
+    matrices."""
     rows, columns = np.triu_indices(real.shape[1] + 1)
     double = np.where(rows == columns, 1, np.sqrt(2))
     products = []
@@ -308,8 +317,10 @@ def mmd(real, generated):
 
 
 def kpd(real, generated, batches=10, size=5000, seed=42):
-    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd): median and half of the 16-84 % range of
-    mmd over 10 samples of 5000 rows (all rows when there are fewer). Features (N, F), (M, F) -> (value, error)."""
+    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd) of features (N, F), (M, F): median
+    and half of the 16-84 % range of mmd over 10 samples of 5000 rows, or of as many as there are; nan below 10 rows."""
+    if min(len(real), len(generated)) < 10:
+        return np.nan, np.nan
     a, b = scale_features(real, generated)
     size = min(size, len(a), len(b))
     rng = np.random.default_rng(seed)
@@ -318,7 +329,7 @@ def kpd(real, generated, batches=10, size=5000, seed=42):
     return float(middle), float((high - low) / 2)
 
 
-# ---- classifier --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- classifier
 
 def rank_auc(positive, negative):
     """Probability that a positive (N,) scores above a negative (M,), ties one half: the area under the ROC curve."""
@@ -327,51 +338,34 @@ def rank_auc(positive, negative):
     return float(below.mean() / (2 * len(ordered)))
 
 
-def _cross_entropy(model, x, y):
-    return optax.sigmoid_binary_cross_entropy(jax.vmap(model)(x), y).mean()
-
-
-_logits = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
-_adam = optax.adam(CLASSIFIER["learning_rate"])
-
-
 @eqx.filter_jit
-def _classifier_epoch(model, state, x, y, batches):
-    """One pass over x (N, F), y (N,) in the order of batches (S, B)."""
-    arrays, static = eqx.partition(model, eqx.is_array)
-
-    def step(carry, rows):
-        arrays, state = carry
-        gradient = jax.grad(lambda a: _cross_entropy(eqx.combine(a, static), x[rows], y[rows]))(arrays)
-        updates, state = _adam.update(gradient, state)
-        return (optax.apply_updates(arrays, updates), state), None
-
-    (arrays, state), _ = jax.lax.scan(step, (arrays, state), batches)
-    return eqx.combine(arrays, static), state
+def _train_step(model, state, x, y):
+    """One Adam step on the cross entropy of a batch x (B, F), y (B,)."""
+    gradient = eqx.filter_grad(lambda m: optax.sigmoid_binary_cross_entropy(jax.vmap(m)(x), y).mean())(model)
+    updates, state = ADAM.update(gradient, state)
+    return eqx.apply_updates(model, updates), state
 
 
 def classifier_auc(real, generated, seed=0):
-    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both float32 (N, F), row i of both
-    for the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch, and give the AUC, so a pair never stands
-    on two sides. 0.5 = cannot tell; nan below 10 rows."""
+    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both (N, F), row i of both for
+    the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC, so that no pair
+    stands on two sides. 0.5 = cannot tell; nan below 10 rows."""
     if len(real) < 10:
         return np.nan
     rng = np.random.default_rng(seed)
     parts = np.split(rng.permutation(len(real)), [len(real) * 6 // 10, len(real) * 8 // 10])
     train, validation, test = (np.concatenate([part, part + len(real)]) for part in parts)
-    x = jnp.concatenate([jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)])
-    y = jnp.repeat(jnp.array([0.0, 1.0]), len(real))
+    x, y = np.concatenate([real, generated], dtype=np.float32), np.repeat(np.float32([0, 1]), len(real))
     model = eqx.nn.MLP(x.shape[1], "scalar", CLASSIFIER["width"], CLASSIFIER["depth"], jax.nn.leaky_relu,
                        key=jax.random.key(seed))
-    state = _adam.init(eqx.filter(model, eqx.is_array))
-    size = min(CLASSIFIER["batch"], len(train))
-    best = np.inf
+    state = ADAM.init(eqx.filter(model, eqx.is_array))
+    size, best = min(CLASSIFIER["batch"], len(train)), np.inf
     for _ in range(CLASSIFIER["epochs"]):
-        order = rng.permutation(train)[:len(train) // size * size].reshape(-1, size)
-        model, state = _classifier_epoch(model, state, x, y, order)
-        loss = optax.sigmoid_binary_cross_entropy(_logits(model, x[validation]), y[validation]).mean()
+        for rows in rng.permutation(train)[:len(train) // size * size].reshape(-1, size):
+            model, state = _train_step(model, state, x[rows], y[rows])
+        loss = optax.sigmoid_binary_cross_entropy(jax.vmap(model)(x[validation]), y[validation]).mean()
         if loss < best:
-            best, logits = loss, np.asarray(_logits(model, x[test]))
+            best, logits = loss, np.asarray(jax.vmap(model)(x[test]))
     return rank_auc(logits[len(logits) // 2:], logits[:len(logits) // 2])
 
 
@@ -387,8 +381,9 @@ def high_level(sample):
 
 
 def auc_scores(real, generated, particles, seed=0):
-    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples with particles (N, 9).
-    Low level: log1p of the pixels; high level: log1p of the high-level features (with their sign); both with the particle."""
+    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples, particles (N, 9).
+    Low level: log1p of the pixels; high level: log1p of the size of high_level, with its sign; both with the
+    particle."""
     rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
     chosen = particles[rows].astype(np.float64)
     condition = standardise(chosen, chosen)
@@ -399,183 +394,169 @@ def auc_scores(real, generated, particles, seed=0):
     return low, classifier_auc(*(np.concatenate([f, condition], axis=1) for f in scaled), seed=seed)
 
 
-# ---- everything together -----------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------- everything together
 
 def pair_rows(ids, seed=0):
-    """Disjoint rows (a, b) paired at random among those of the same particle; ids (N,). An odd row is left over."""
+    """Disjoint row numbers (a, b), paired at random within each particle, ids (N,). An odd row is left over."""
     shuffled = np.random.default_rng(seed).permutation(len(ids))
     order = shuffled[np.argsort(ids[shuffled], kind="stable")]
-    counts = np.bincount(ids[order])
+    counts = np.bincount(ids)
     rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[ids[order]]
     left = np.flatnonzero((rank % 2 == 0) & (rank + 1 < counts[ids[order]]))
     return order[left], order[left + 1]
 
 
-def pair_scores(real, generated, ids, pdg):
-    """(scores, terms) of two Samples whose rows match: floats by name, and by the name of each conditional score its terms
-    (U,); ids (N,) are 0 .. U - 1. "FPD_error" and "KPD_error" are the errors that those two state themselves."""
-    w, generated_w = real.channels, generated.channels
+def pair_scores(real, generated, ids, pdg, seed):
+    """(scores, terms) of two Samples whose rows match: floats by name, and the terms (U,) of each conditional score.
+    "FPD_error" and "KPD_error" are the errors that those two state themselves."""
+    w, other = real.channels, generated.channels
     features = high_level(real), high_level(generated)
-    terms = {name: mae_terms(w, generated_w, ids) for name in ("MAE_c", "MAE_cw", "MAE_cond")}
-    terms |= {"dispersion": dispersion_terms(w, generated_w, ids, pdg), "JaccErr": jaccard_terms(w, generated_w, ids)}
-    scores = {"W": wasserstein(w, generated_w), "MAE": mae(w, generated_w),
-              "RMSE": rmse(real.responses, generated.responses)}
+    terms = dict.fromkeys(("MAE_c", "MAE_cw", "MAE_cond"), mae_particles(w, other, ids))
+    terms |= {"dispersion": dispersion(w, other, ids, pdg), "JaccErr": jaccard_error(w, other, ids)}
+    scores = {"W": wasserstein(w, other), "MAE": mae(w, other), "RMSE": rmse(real.responses, generated.responses)}
     scores |= {name: weighted_mean(terms[name], particle_weights(ids, name)) for name in CONDITIONAL}
     scores |= {f"shape_{name}": value for name, value in shower_shape(real.shapes, generated.shapes).items()}
     scores["spectrum"] = spectrum(real.spectrum, generated.spectrum)
-    scores["FPD"], scores["FPD_error"] = fpd(*features)
-    scores["KPD"], scores["KPD_error"] = kpd(*features)
+    scores["FPD"], scores["FPD_error"] = fpd(*features, seed=seed)
+    scores["KPD"], scores["KPD_error"] = kpd(*features, seed=seed)
     return scores, terms
 
 
 def type_scores(real, generated, pdg, codes):
-    """{code: {"W", "MAE"}} on the rows of each particle type in codes; nan where there are none."""
-    result = {}
-    for code in codes:
-        w, generated_w = real.channels[pdg == code], generated.channels[pdg == code]
-        result[code] = {"W": wasserstein(w, generated_w), "MAE": mae(w, generated_w)} if len(w) else {"W": np.nan, "MAE": np.nan}
-    return result
+    """{code: {"W", "MAE"}} on the rows of each particle type in codes that is there."""
+    channels_of = {code: (real.channels[pdg == code], generated.channels[pdg == code]) for code in codes}
+    return {code: {"W": wasserstein(*pair), "MAE": mae(*pair)} for code, pair in channels_of.items() if len(pair[0])}
 
 
 def marginals(sample):
-    """Lit fibres in % of all, fibres with a single photon in % of the lit ones, mean and median photon sum."""
-    lit, total = sample.spectrum[1:].sum(), sample.shapes[:, SHAPES.index("sum")]
-    single = sample.spectrum[1:2].sum()
+    """Lit fibres in % of all, fibres with one photon in % of the lit ones, mean and median photon sum."""
+    lit, single, total = sample.spectrum[1:].sum(), sample.spectrum[1:2].sum(), sample.shapes[:, SHAPES.index("sum")]
     return {"lit_percent": 100 * lit / sample.responses.size, "single_percent": 100 * single / max(lit, 1),
             "sum_mean": total.mean(), "sum_median": np.median(total)}
 
 
-def model_pairs(real, others, rows, convention):
-    """Yield (real Sample, Sample of each array in others, all row numbers)."""
-    for other in others:
-        yield real, summarise(other, convention), rows
-
-
-def floor_pairs(real, ids, count, seed, convention):
-    """Yield `count` times real data against itself, as the papers do: rows paired by equal particle, one of each pair on
-    each side, and the row numbers of the first side. Nothing where no particle stands in two rows."""
-    for k in range(count):
+def floor_pairs(sample, ids, seed):
+    """Yield FLOORS times the real Sample against itself, as the papers do: rows paired by equal particle, one of each
+    pair on each side, and the row numbers of the first side. Nothing where no particle stands in two rows."""
+    for k in range(FLOORS):
         a, b = pair_rows(ids, seed + k)
         if len(a):
-            yield summarise(real[a], convention), summarise(real[b], convention), a
+            yield take(sample, a), take(sample, b), a
 
 
 def compare(pairs, count, particles, pdg, ids, codes, classifier, seed):
-    """Lists over `pairs` of everything: {"scores": {name: [...]}, "types": {code: {name: [...]}}, "marginals": {name:
-    [...]}, "terms": {name: [...]}}. The trainings of the classifier are dealt out over the `count` pairs."""
-    found = {"scores": defaultdict(list), "types": {code: defaultdict(list) for code in codes},
-             "marginals": defaultdict(list), "terms": defaultdict(list)}
+    """Everything about `count` pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section,
+    name): sections "scores", "terms", "marginals" and each code. The trainings of the classifier are dealt out over the
+    pairs, each has its own rows and start."""
+    found = defaultdict(list)
     for k, (real, generated, rows) in enumerate(pairs):
-        local = np.unique(ids[rows], return_inverse=True)[1]
-        scores, terms = pair_scores(real, generated, local, pdg[rows])
-        _append(found["scores"], scores)
-        _append(found["terms"], terms)
-        _append(found["marginals"], marginals(generated))
-        for code, values in type_scores(real, generated, pdg[rows], codes).items():
-            _append(found["types"][code], values)
+        scores, terms = pair_scores(real, generated, np.unique(ids[rows], return_inverse=True)[1], pdg[rows], seed + k)
+        sections = {"scores": scores, "terms": terms, "marginals": marginals(generated),
+                    **type_scores(real, generated, pdg[rows], codes)}
+        for section, values in sections.items():
+            for name, value in values.items():
+                found[section, name].append(value)
         for training in range(k, CLASSIFIER["trainings"] if classifier else 0, count):
-            _append(found["scores"], dict(zip(AUCS, auc_scores(real, generated, particles[rows], seed + training))))
+            for name, value in zip(AUCS, auc_scores(real, generated, particles[rows], seed + training)):
+                found["scores", name].append(value)
     return found
 
 
-def _append(lists, values):
-    for name, value in values.items():
-        lists[name].append(value)
-
-
-def entry(values, references, label, smallest=0.0):
-    """One cell of the result: mean and standard deviation (None of one) of values, the mean of references under `label`,
-    and R = value / oracle, None for a floor, without a reference and where the oracle is not above `smallest`."""
-    value, reference = np.mean(values), np.mean(references) if len(references) else np.nan
+def cell(values, references, label, smallest=0.0):
+    """{"value", "spread", label, "R"}: mean and standard deviation (None of one) of values, mean of references, and for
+    an oracle above `smallest` R = value / oracle, else None."""
+    value, reference = np.mean(values), np.mean(references) if references else np.nan
     ratio = value / reference if label == "oracle" and reference > smallest else None
-    cell = {"value": value, "spread": np.std(values, ddof=1) if len(values) > 1 else None, label: reference, "R": ratio}
-    return common.plain(cell)
+    return common.plain({"value": value, "spread": np.std(values, ddof=1) if len(values) > 1 else None,
+                         label: reference, "R": ratio})
 
 
-def check_arrays(real, others, particles, pdg):
-    """UserError unless all arrays hold the responses to the same particles, row by row."""
-    if real.ndim != 3 or not len(real):
-        raise common.UserError(f"real responses have shape {real.shape}, expected (N, H, W) with N > 0")
-    for other in others:
+def check_arrays(real, generations, oracle, particles, pdg):
+    """UserError unless there is a generation and all arrays hold one response for each particle."""
+    if real.ndim != 3 or not len(real) or not len(generations):
+        raise common.UserError(f"expected real responses and generations, got {real.shape} and {len(generations)}")
+    for other in [*generations, *oracle]:
         if other.shape != real.shape:
-            raise common.UserError(f"generated responses have shape {other.shape}, the real ones {real.shape}: "
-                                   "expected one generated response for each real one")
-    if particles.shape != (len(real), 9) or np.shape(pdg) != (len(real),):
-        raise common.UserError(f"particles {particles.shape} and pdg {np.shape(pdg)} do not match {len(real)} responses")
+            raise common.UserError(f"responses of shape {other.shape} do not match the real ones, {real.shape}")
+    if particles.shape != (len(real), 9) or pdg.shape != (len(real),):
+        raise common.UserError(f"particles {particles.shape} and pdg {pdg.shape} do not match {len(real)} responses")
 
 
 def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, seed=0, convention="papers"):
     """Every score of the generations, a list of (N, H, W) arrays row by row for the particles (N, 9), pdg (N,) of the
-    real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can hold:
-    {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R None without one;
-    "interval" with the bootstrap of the CONDITIONAL ones), "marginals", "types" (those above 1 % of the rows), and what was
-    compared. R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD when their oracle, noise around 0
-    because both subtract their own bias, is not above its error. UserError where the arrays do not match."""
-    pdg, label = np.asarray(pdg), "oracle" if oracle else "floor"
-    check_arrays(real, [*generations, *(oracle or [])], particles, pdg)
+    real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can hold: {"W": {"value",
+    "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R None without one; "interval" of
+    the CONDITIONAL ones: bootstrap over particles; "error" of FPD and KPD: their own), "marginals", "types" (those
+    above 1 % of the rows), and what was compared. UserError where the arrays do not match.
+
+    R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not stand out of its
+    error: both subtract their own bias, so that the oracle is noise around 0."""
+    particles, pdg, label = np.asarray(particles), np.asarray(pdg), "oracle" if oracle else "floor"
+    check_arrays(real, generations, oracle or [], particles, pdg)
     ids = data.unique_particles(particles)[0]
-    codes = [code for code, rows in zip(*np.unique(pdg, return_counts=True)) if rows > 0.01 * len(pdg)]
-    codes.sort(key=lambda code: -(pdg == code).sum())
-    sample, everything = summarise(real, convention), np.arange(len(real))
+    codes = [code for code, rows in Counter(pdg.tolist()).most_common() if rows > 0.01 * len(pdg)]
+    sample, every_row = summarise(real, convention), np.arange(len(real))
     shared = dict(particles=particles, pdg=pdg, ids=ids, codes=codes, classifier=classifier, seed=seed)
-    model = compare(model_pairs(sample, generations, everything, convention), len(generations), **shared)
-    pairs = (model_pairs(sample, oracle, everything, convention) if oracle else
-             floor_pairs(real, ids, len(generations), seed, convention))
-    reference = compare(pairs, len(oracle or generations), **shared)
+    count = len(generations)
+    found = compare(((sample, summarise(g, convention), every_row) for g in generations), count, **shared)
+    if oracle:
+        reference = compare(((sample, summarise(o, convention), every_row) for o in oracle), len(oracle), **shared)
+    else:
+        reference = compare(floor_pairs(sample, ids, seed), FLOORS, **shared)
+
+    def scored(section, name, smallest=0.0):
+        return cell(found[section, name], reference[section, name], label, smallest)
 
     result = {}
     for name in SCORES if classifier else [name for name in SCORES if name not in AUCS]:
-        values, references = model["scores"][name], reference["scores"][name]
-        noise = reference["scores"][f"{name}_error"]
-        result[name] = entry(values, references, label, np.inf if name in AUCS else np.mean(noise) if noise else 0.0)
+        noise = reference["scores", f"{name}_error"] or [np.inf if name in AUCS else 0.0]
+        result[name] = scored("scores", name, np.mean(noise))
         if name in CONDITIONAL:
-            terms = np.mean(model["terms"][name], axis=0)
+            terms = np.mean(found["terms", name], axis=0)
             result[name]["interval"] = bootstrap(terms, particle_weights(ids, name), seed)
-        if f"{name}_error" in model["scores"]:
-            result[name]["error"] = float(np.mean(model["scores"][f"{name}_error"]))
-    result["marginals"] = {name: {"real": float(value)} | entry(model["marginals"][name], reference["marginals"][name], label)
+        if name in ("FPD", "KPD"):
+            result[name]["error"] = float(np.mean(found["scores", f"{name}_error"]))
+    result["marginals"] = {name: {"real": float(value), **scored("marginals", name)}
                            for name, value in marginals(sample).items()}
-    result["types"] = {data.PDG_NAMES.get(int(code), str(code)): {
-        "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code]))} | {
-        name: entry(model["types"][code][name], reference["types"][code][name], label) for name in ("W", "MAE")}
-        for code in codes}
-    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations),
-                     "convention": convention, "fpd_samples": list(fpd_sizes(len(real))),
-                     "kpd_samples": min(5000, len(real)), "classifier": CLASSIFIER if classifier else None}
+    result["types"] = {data.PDG_NAMES.get(code, str(code)): {
+        "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
+        "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
+    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": count, "convention": convention,
+                     "fpd_samples": list(fpd_sizes(len(real))), "kpd_samples": min(5000, len(real)),
+                     "classifier": CLASSIFIER if classifier else None}
 
 
 def print_table(scores, title):
-    """Print the result of evaluate: value +- spread beside oracle (or floor) and R, marginals, types."""
-    def text(value, form="{:.4g}"):
-        return "-" if value is None else form.format(value)
-
-    def line(name, cell, label, real=""):
-        spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
-        interval = "" if not cell.get("interval") else "[{:.4g}, {:.4g}]".format(*cell["interval"])
-        print(f"{name:<16}{text(cell['value']):>10} {spread:<11}{text(cell[label]):>10}{text(cell['R'], '{:.2f}'):>8}  {interval}{real}".rstrip())
-
+    """Print the result of evaluate: value +- spread, oracle or floor, R, and what else there is to a score."""
     label = "oracle" if "oracle" in scores["W"] else "floor"
-    print(f"{title}: {scores['rows']} rows, {scores['particles']} particles, generations: {scores['generations']}")
-    print(f"{'score':<16}{'value':>10} {'':<11}{label:>10}{'R':>8}  68 % over particles")
-    for name in SCORES:
-        if name in scores:
-            line(name, scores[name], label)
-    for name, cell in scores["marginals"].items():
-        line(name, cell, label, f"real {text(cell['real'])}")
-    for name, cells in scores["types"].items():
-        for score in ("W", "MAE"):
-            line(f"{score} {name}", cells[score], label, f"{cells['rows']} rows, {cells['particles']} particles")
+
+    def line(name, cell, note=""):
+        texts = ["-" if cell[key] is None else f"{cell[key]:{form}}" for key, form in
+                 (("value", ".4g"), ("spread", ".2g"), (label, ".4g"), ("R", ".2f"))]
+        print(f"{name:<16}{texts[0]:>11} +- {texts[1]:<9}{texts[2]:>11}{texts[3]:>9}  {note}".rstrip())
+
     low, high = scores["fpd_samples"]
-    print(f"FPD from samples of {low} to {high} rows, KPD of {scores['kpd_samples']}"
-          + ("" if (high, scores["kpd_samples"]) == (50_000, 5000) else " (jetnet: 20000 to 50000, 5000; too few rows here)"))
+    size = scores["kpd_samples"]
+    notes = {"FPD": f"samples of {low} to {high} rows" + ("" if high == 50_000 else " (jetnet: 20000 to 50000)"),
+             "KPD": f"samples of {size} rows" + ("" if size == 5000 else " (jetnet: 5000)")}
+    print(f"{title}: {scores['rows']} rows, {scores['particles']} particles, generations: {scores['generations']}")
+    print(f"{'score':<16}{'value':>11}    {'spread':<9}{label:>11}{'R':>9}  [68 % over particles]")
+    for name in filter(scores.get, SCORES):
+        interval = scores[name].get("interval")
+        line(name, scores[name], "[{:.4g}, {:.4g}]".format(*interval) if interval else notes.get(name, ""))
+    for name, cell in scores["marginals"].items():
+        line(name, cell, f"real {cell['real']:.4g}")
+    for name, cells in scores["types"].items():
+        line(f"W {name}", cells["W"], f"{cells['rows']} rows, {cells['particles']} particles")
+        line(f"MAE {name}", cells["MAE"])
     if scores["classifier"]:
-        print("classifier: " + ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
+        print("classifier:", ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
 
 
 def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
-    """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the same particle,
-    int (M,). A particle that no training row holds takes the nearest training particle by the conditions (N, C), (M, C);
-    UserError if it comes without them."""
+    """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the same
+    particle, int (M,). A particle without training rows takes those of the particle nearest in the conditions (N, C),
+    (M, C); UserError if it comes without conditions."""
     ids = data.unique_particles(np.concatenate([train_particles, test_particles]))[0]
     train, test = ids[:len(train_particles)], ids[len(train_particles):].copy()
     counts = np.bincount(train, minlength=ids.max() + 1)
@@ -584,10 +565,9 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
         raise common.UserError(f"{len(unseen)} test particles are in no training row: the lookup needs conditions")
     if len(unseen):
         known, rows = np.unique(train, return_index=True)
-        particles, first, inverse = np.unique(test[unseen], return_index=True, return_inverse=True)
-        there, here = train_conditions[rows], test_conditions[unseen[first]]
-        nearest = [known[((there - point)**2).sum(axis=1).argmin()] for point in here]
-        test[unseen] = np.array(nearest)[inverse]
+        _, first, inverse = np.unique(test[unseen], return_index=True, return_inverse=True)
+        distances = (((train_conditions[rows] - point)**2).sum(axis=1) for point in test_conditions[unseen[first]])
+        test[unseen] = known[[distance.argmin() for distance in distances]][inverse]
     start = np.cumsum(counts) - counts
     draws = np.random.default_rng(seed).random(len(test))
     return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
@@ -597,7 +577,7 @@ def main(argv=None):
     """The command line; returns the scores."""
     parser = common.parser(__doc__, flags=("detector", "seed"))
     parser.add_argument("real", help="HDF5 file or npz pair with the real responses")
-    parser.add_argument("generated", nargs="+", help="the same for the responses to score; several are several generations")
+    parser.add_argument("generated", nargs="+", help="generated responses, one file for each generation")
     parser.add_argument("--oracle", nargs="+", default=[], metavar="FILE", help="responses of the simulator run again")
     parser.add_argument("--json", metavar="FILE", help="write the scores there")
     parser.add_argument("--convention", choices=("papers", "o2"), default="papers", help="fibres of the common channel")
@@ -608,7 +588,7 @@ def main(argv=None):
     for path, other in others.items():
         if not np.array_equal(other.particles, real.particles):
             raise common.UserError(f"{path}: its particles are not those of {args.real} row by row "
-                                   f"({len(other.particles)} and {len(real.particles)} rows)")
+                                   f"(rows: {len(other.particles)} and {len(real.particles)})")
     generations, oracle = ([others[path].responses for path in paths] for paths in (args.generated, args.oracle))
     scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier, args.seed,
                       args.convention)

@@ -347,6 +347,7 @@ def test_a_script_may_have_fewer_flags():
     ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ("file", "unrecognized arguments: file"),
     ("--generate particles.h5", "--generate needs --out"),
+    ("--batch-size 9 --devices 2", "--batch-size must be a multiple of --devices"),
 ])
 def test_wrong_flags(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -368,9 +369,9 @@ def test_number():
 
 @pytest.mark.parametrize("error, code, message", [
     (UserError("a.h5: expected\n  this"), 2, "error: a.h5: expected this\n"),
-    (FileNotFoundError(2, "No such file or directory", "a.h5"), 2, "error: [Errno 2] No such file or directory: 'a.h5'\n"),
+    (FileNotFoundError(2, "No such file", "a.h5"), 2, "error: [Errno 2] No such file: 'a.h5'\n"),
     (MemoryError(), 2, "error: out of memory\n"),
-    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 2, "error: the device is out of memory, try a smaller --batch-size\n"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 2, "error: the device is out of memory"),
     (KeyboardInterrupt(), 130, ""),
 ])
 def test_run_ends_in_one_line(error, code, message, capsys):
@@ -378,7 +379,8 @@ def test_run_ends_in_one_line(error, code, message, capsys):
         raise error
     with pytest.raises(SystemExit) as stop:
         common.run(main)
-    assert stop.value.code == code and capsys.readouterr().err == message
+    out = capsys.readouterr().err
+    assert stop.value.code == code and out.startswith(message) and out.count("\n") == (code == 2)
 
 
 def test_run_hides_no_bug():
@@ -435,8 +437,8 @@ def test_time_sampler():
     times = common.time_sampler(sample, sizes=(1, 10), repeats=3)
     assert calls == [1] * 4 + [10] * 4
     assert times.keys() == {"ms_per_response", "compile_seconds"}
-    assert 10 <= times["ms_per_response"]["1"] < 50 and 1 <= times["ms_per_response"]["10"] < 5
-    assert all(0.1 < seconds < 0.5 for seconds in times["compile_seconds"].values())
+    assert 10 <= times["ms_per_response"]["1"] < 150 and 1 <= times["ms_per_response"]["10"] < 15
+    assert all(0 < seconds < 1 for seconds in times["compile_seconds"].values())  # about 0.19
 
 
 def test_progress(capsys):

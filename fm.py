@@ -1,0 +1,702 @@
+"""Conditional flow matching for the zero degree calorimeters.
+
+A straight line leads from noise x_0 ~ N(0, 1) at t = 0 to a response x_1 at t = 1 (paper 002, M. Wojnar, "Even faster
+simulations with flow matching"):
+    x_t = (1 - t) x_0 + t x_1            (Eq. 3)      v_t = x_1 - x_0                            (Eq. 4)
+    x_(t+dt) = x_t + dt v_t              (Eq. 5)      L = E || v_theta(x_t, t, c) - v_t ||^2      (Eq. 6)
+A network learns v_theta for the particle c; a response is drawn by following it from noise.
+
+Photons are counts, and most fibres hold 0 or 1 of them, so the last part of the path is not integrated. With x = 2 sqrt(n) the
+counting noise is about 1 in every fibre; once the noise of the path, (1 - t) / t, has fallen below that (t = 0.6), x_t fixes
+everything that the fibres have in common, and the same network gives each fibre its own distribution of counts, trained by
+exact likelihood. Drawing from it is one uniform number per fibre. `--counts round` and `floor` are the usual ways, to compare.
+
+    python fm.py --detector zn --steps 11                               about ten minutes on two CPU cores, data included
+    python fm.py --detector zn --n 306780 --epochs 20 --steps 11        the row in README
+    python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
+
+Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/fm-zn/.
+"""
+import argparse
+import math
+import sys
+import time
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import common
+import data
+import metrics
+from common import UserError
+
+GENERATIONS = 5    # of the test set, as in the papers
+BLOCK = 256        # responses per call when a whole set is generated; larger ones leave the CPU's cache
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+def flags():
+    """The command line."""
+    parser = common.parser(__doc__, "fm", n=60_000, epochs=20, lr=2e-3, steps=11)
+    parser.add_argument("--net", choices=NETWORKS, default="dense", help="network (default: dense)")
+    parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
+                        help="how photons become numbers and back: likelihood from --exit on, rounded log1p, or floored "
+                             "square roots of dequantised counts (default: sample)")
+    parser.add_argument("--exit", type=common.number(float, 0.05, 0.95), default=0.6, metavar="T",
+                        help="time at which the counts are drawn, with --counts sample (default: 0.6)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of the path (default: euler)")
+    parser.add_argument("--schedule", choices=("onecycle", "cosine"), default="onecycle",
+                        help="learning rate over the run (default: onecycle)")
+    parser.add_argument("--ema", type=common.number(float, 0, 0.99999), default=0.999, metavar="DECAY",
+                        help="of the averaged weights, per step (default: 0.999)")
+    parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
+                        help="largest gradient norm (default: 1)")
+    parser.add_argument("--sweep", action="store_true", help="also score 1, 2, 4, 8, 11, 16 and 32 steps, with a figure")
+    parser.add_argument("--compare", action="store_true", help="only print the cost of the networks, side by side")
+    return parser
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+# A network maps x (H, W), t () and the condition c (C,) of ONE example to maps (K, H, W); vmap makes the batch.
+
+def linear(key, inputs, outputs, scale=1.0):
+    return eqx.tree_at(lambda layer: layer.weight, layer := eqx.nn.Linear(inputs, outputs, key=key), scale * layer.weight)
+
+
+def normalise(h):
+    """Root mean square norm over the last axis."""
+    return h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def to_patches(x, size):
+    """(H, W) -> (patches, size * size), padded with zeros where the size does not divide."""
+    x = jnp.pad(x, [(0, -n % size) for n in x.shape])
+    h, w = x.shape
+    x = x.reshape(h // size, size, w // size, size).transpose(0, 2, 1, 3)      # (h, w, size, size)
+    return x.reshape(-1, size * size)
+
+
+def from_patches(patches, size, shape):
+    """(patches, size * size * K) -> (K, H, W), the inverse of to_patches for each of K maps."""
+    h, w = (-(-n // size) for n in shape)
+    x = patches.reshape(h, w, size, size, -1).transpose(4, 0, 2, 1, 3)         # (K, h, size, w, size)
+    return x.reshape(-1, h * size, w * size)[:, :shape[0], :shape[1]]
+
+
+class Embedding(eqx.Module):
+    """Time and particle as one vector (width,). Random frequencies of the condition let a small network place the shower."""
+    frequencies: jax.Array
+    first: eqx.nn.Linear
+    second: eqx.nn.Linear
+
+    def __init__(self, conditions, width, waves, key):
+        keys = jax.random.split(key, 3)
+        self.frequencies = jax.random.normal(keys[0], (waves, conditions))
+        self.first = eqx.nn.Linear(conditions + 2 * waves + 16, width, key=keys[1])
+        self.second = eqx.nn.Linear(width, width, key=keys[2])
+
+    def __call__(self, t, c):
+        angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
+        waves = self.frequencies @ c
+        h = jnp.concatenate([c, jnp.sin(waves), jnp.cos(waves), jnp.sin(angles), jnp.cos(angles)])
+        return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
+
+
+class DenseBlock(eqx.Module):
+    """Residual block on one vector; time and particle scale, shift and gate it (adaptive layer norm, Peebles and Xie 2023)."""
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+    modulation: eqx.nn.Linear
+
+    def __init__(self, width, embedding, key):
+        keys = jax.random.split(key, 3)
+        self.up, self.down = eqx.nn.Linear(width, 2 * width, key=keys[0]), eqx.nn.Linear(2 * width, width, key=keys[1])
+        self.modulation = eqx.nn.Linear(embedding, 3 * width, key=keys[2])
+
+    def __call__(self, h, e):
+        scale, shift, gate = jnp.split(self.modulation(e), 3)
+        return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
+
+
+class Dense(eqx.Module):
+    """Ours, made for CPUs: few large matrix products and nothing else.
+
+    Patches of 4 x 4 fibres shrink to a few numbers each, all of them together pass through residual blocks of one wide vector,
+    which returns a few numbers to each patch; a small network that every patch shares puts these together with the patch's own
+    x_t, so that single fibres are not lost in the narrow middle. "compact" is the same with at most 100 000 parameters.
+    """
+    embedding: Embedding
+    squeeze: eqx.nn.Linear
+    enter: eqx.nn.Linear
+    blocks: list
+    leave: eqx.nn.Linear
+    position: jax.Array
+    local: eqx.nn.Linear
+    head: eqx.nn.Linear
+    shape: tuple = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+
+    def __init__(self, shape, conditions, maps, key, width, depth, down, up, hidden, embedding, size=4):
+        keys = iter(jax.random.split(key, 6 + depth))
+        patches = math.prod(-(-n // size) for n in shape)
+        self.shape, self.size = shape, size
+        self.embedding = Embedding(conditions, embedding, embedding // 4, next(keys))
+        self.squeeze = linear(next(keys), size**2, down)
+        self.enter = linear(next(keys), down * patches, width)
+        self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
+        self.leave = linear(next(keys), width, up * patches)
+        self.position = jnp.zeros((patches, hidden))
+        self.local = linear(next(keys), up + size**2, hidden)
+        self.head = linear(next(keys), hidden, maps * size**2, scale=0.1)
+
+    def __call__(self, x, t, c):
+        patches = to_patches(0.5 * x, self.size)                               # (P, 16)
+        e = self.embedding(t, c)
+        h = self.enter(jax.vmap(self.squeeze)(patches).ravel())                # (width,)
+        for block in self.blocks:
+            h = block(h, e)
+        context = self.leave(normalise(h)).reshape(len(patches), -1)           # (P, up)
+        h = jax.vmap(self.local)(jnp.concatenate([context, patches], axis=1)) + self.position
+        return from_patches(jax.vmap(self.head)(jax.nn.silu(h)), self.size, self.shape)
+
+
+def convolve(x, kernel, stride=1):
+    """x (H, W, C_in), kernel (k, k, C_in, C_out); channels last is the fast layout on CPU."""
+    return jax.lax.conv_general_dilated(x[None], kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
+
+
+def weight(key, *shape, scale=None):
+    """Normal weights, variance 1 / fan-in unless a scale is given."""
+    return jax.random.normal(key, shape) * (math.prod(shape[:-1]) ** -0.5 if scale is None else scale)
+
+
+class ResBlock(eqx.Module):
+    """norm, SiLU, 3 x 3 convolution, twice, with the time embedding added in between."""
+    norms: list
+    kernels: list
+    time: jax.Array
+    shortcut: jax.Array | None
+
+    def __init__(self, inputs, outputs, embedding, key):
+        keys = jax.random.split(key, 4)
+        self.norms = [eqx.nn.LayerNorm(inputs), eqx.nn.LayerNorm(outputs)]
+        self.kernels = [weight(keys[0], 3, 3, inputs, outputs), weight(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
+        self.time = weight(keys[2], embedding, outputs)
+        self.shortcut = None if inputs == outputs else weight(keys[3], inputs, outputs)
+
+    def __call__(self, x, t, c):
+        h = convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0]) + jax.nn.silu(t @ self.time)
+        h = convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
+        return h + (x if self.shortcut is None else x @ self.shortcut)
+
+
+def pixelwise(layer, x):
+    return jax.vmap(jax.vmap(layer))(x)
+
+
+class Attention(eqx.Module):
+    """Self-attention over the pixels and one more token, made of the condition."""
+    token: jax.Array
+    norm: eqx.nn.LayerNorm
+    qkv: jax.Array
+    out: jax.Array
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, inputs, width, embedding, key, heads=2):
+        keys = jax.random.split(key, 3)
+        self.token, self.norm, self.heads = weight(keys[0], embedding, inputs), eqx.nn.LayerNorm(inputs), heads
+        self.qkv, self.out = weight(keys[1], inputs, 3 * width), weight(keys[2], width, inputs, scale=0.2 * width**-0.5)
+
+    def __call__(self, x, t, c):
+        tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])               # (H W + 1, C)
+        q, k, v = jnp.moveaxis((jax.vmap(self.norm)(tokens) @ self.qkv).reshape(len(tokens), 3, self.heads, -1), 0, 2)
+        scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)               # (heads, T, T)
+        h = jnp.einsum("hqk,hkd->qhd", scores, v).reshape(len(tokens), -1)
+        return x + (h @ self.out)[:-1].reshape(x.shape)
+
+
+class PaperUNet(eqx.Module):
+    """The U-Net of paper 002, section 4: levels of 8, 12 and 16 channels, two blocks each, attention with the condition as a
+    token on the second level and in the middle; 77 372 parameters with 9 conditions and one map, as the public code has."""
+    condition: tuple
+    time: tuple
+    stem: jax.Array
+    down: list
+    middle: list
+    up: list
+    resample: list
+    norm: eqx.nn.LayerNorm
+    head: jax.Array
+
+    def __init__(self, shape, conditions, maps, key, widths=(8, 12, 16)):
+        keys = iter(jax.random.split(key, 64))
+        a, b, c = widths
+        embedding = 2 * a
+        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, next(keys))
+        attend = lambda inputs, width: Attention(inputs, width, embedding, next(keys))
+        self.condition = weight(next(keys), conditions, embedding), weight(next(keys), embedding, embedding)
+        self.time = weight(next(keys), a, embedding), weight(next(keys), embedding, embedding)
+        self.stem = weight(next(keys), 3, 3, 1, a // 2)
+        self.down = [[res(a // 2, a), res(a, a)], [attend(a, b), res(a, b), attend(b, b), res(b, b)], [res(b, c), res(c, c)]]
+        self.middle = [res(c, c), attend(c, c), res(c, c), attend(c, c), res(c, c)]
+        self.up = [[res(2 * c, c), res(2 * c, c)],
+                   [attend(c + b, b), res(c + 2 * b, b), attend(2 * b, b), res(2 * b + a, b)],
+                   [res(b + a, a), res(2 * a, a)]]
+        self.resample = [weight(next(keys), 3, 3, width, width) for width in (a, b, c, b)]
+        self.norm, self.head = eqx.nn.LayerNorm(a), weight(next(keys), a, maps)
+
+    def __call__(self, x, t, c):
+        angles = t * 1e4 ** -jnp.linspace(0, 1, len(self.time[0]) // 2, endpoint=False)
+        t = jax.nn.silu(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]) @ self.time[0]) @ self.time[1]
+        c = jax.nn.silu(c @ self.condition[0]) @ self.condition[1]
+        x = convolve(x[..., None], self.stem)                                  # (H, W, 4)
+        skips = []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, t, c)
+                skips.append(x)
+            x = convolve(x, self.resample[level], stride=2) if level < 2 else x
+        for block in self.middle:
+            x = block(x, t, c)
+        for level, blocks in enumerate(self.up):
+            for block in blocks:
+                x = block(jnp.concatenate([skips.pop(), x], axis=-1), t, c)
+            if level < 2:
+                h, w, _ = skips[-1].shape
+                x = convolve(x.repeat(2, axis=0).repeat(2, axis=1), self.resample[2 + level])[:h, :w]
+        return jnp.moveaxis(jax.nn.silu(pixelwise(self.norm, x)) @ self.head, -1, 0)
+
+
+NETWORKS = {"paper": PaperUNet,
+            "compact": partial(Dense, width=64, depth=2, down=4, up=4, hidden=48, embedding=40),
+            "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
+
+
+def make_network(args, conditions, key):
+    """The paper's network gives the velocity (1 map); ours give the denoised response as a + b x (2 maps). Counts that are
+    sampled need 3 maps more."""
+    maps = (1 if args.net == "paper" else 2) + 3 * (args.counts == "sample")
+    return NETWORKS[args.net](data.DETECTORS[args.detector].shape, conditions, maps, key)
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+# t = 0 is noise, t = 1 is the response.
+
+def to_state(counts, how, key):
+    """Photon counts (H, W) -> x_1."""
+    if how == "round":
+        return jnp.log1p(counts)                                               # the papers
+    noise = jax.random.uniform(key, counts.shape) if how == "floor" else 0.0
+    return 2 * jnp.sqrt(counts + noise)                                        # variance of a Poisson count: about 1
+
+
+def to_counts(x, how):
+    """The inverse, to whole photons."""
+    counts = jnp.round(jnp.expm1(x)) if how == "round" else jnp.floor(jnp.square(jnp.maximum(x, 0) / 2))
+    return jnp.maximum(counts, 0)
+
+
+def velocity(maps, x, t):
+    """v_theta(x_t, t, c) from the maps of the network. From the denoised response x_1, Eq. 3 and 4 give (x_1 - x_t) / (1 - t)."""
+    if len(maps) in (1, 4):
+        return maps[0]
+    return (maps[0] + maps[1] * x - x) / jnp.maximum(1 - t, 0.05)
+
+
+def count_distribution(maps, x):
+    """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from x_t and the last three maps."""
+    return maps[-3] + maps[-2] * x, jnp.exp(jnp.clip(maps[-1], -4, 3))
+
+
+def count_loss(counts, location, scale):
+    """-log P(n) per fibre, P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)) with F the logistic distribution; P(0) = F(sqrt 2)."""
+    upper = (2 * jnp.sqrt(counts + 0.5) - location) / scale
+    lower = (2 * jnp.sqrt(jnp.maximum(counts - 0.5, 0)) - location) / scale
+    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel
+    lit = jax.nn.softplus(lower) - jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
+    return jax.nn.softplus(-upper) + jnp.where(counts > 0, lit, 0.0)
+
+
+def draw_counts(location, scale, key):
+    """Photon counts from the distribution of count_loss, by inversion."""
+    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
+    x = jnp.maximum(location + scale * jnp.log(u / (1 - u)), 0)
+    return jnp.floor(jnp.square(x / 2) + 0.5)
+
+
+def path_loss(net, counts, t, c, how, key):
+    """Eq. 6 for one response; returns the loss, the maps and x_t."""
+    noise_key, state_key = jax.random.split(key)
+    x1 = to_state(counts, how, state_key)
+    x0 = jax.random.normal(noise_key, x1.shape)
+    x = (1 - t) * x0 + t * x1                                                  # Eq. 3
+    maps = net(x, t, c)
+    return jnp.mean(jnp.square(velocity(maps, x, t) - (x1 - x0))), maps, x     # Eq. 4 and 6
+
+
+def batch_loss(net, counts, c, key, args):
+    """counts (B, H, W), c (B, C) -> loss and its parts. With sampled counts, half of the batch trains the path below `exit`, half
+    the distribution of the counts at `exit`, where alone it is needed."""
+    size, counts = len(counts), counts.astype(jnp.float32)
+    time_key, *keys = jax.random.split(key, size + 1)
+    if args.precision == "bf16":
+        net, c = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a, (net, c))
+    grid = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size   # stratified: less noise in the gradient
+    half = size // 2 if args.counts == "sample" else size
+    t = args.exit * jnp.minimum(1.0, grid * size / half) if args.counts == "sample" else grid
+    losses, maps, x = jax.vmap(lambda n, t, c, k: path_loss(net, n, t, c, args.counts, k))(counts, t, c, jnp.stack(keys))
+    path = losses[:half].mean()
+    if args.counts != "sample":
+        return path, {"path": path}
+    location, scale = jax.vmap(count_distribution)(maps[half:], x[half:])
+    likelihood = count_loss(counts[half:], location, scale).mean()
+    return path + 10 * likelihood, {"path": path, "nats per fibre": likelihood}   # 10: gradients of like size [validation]
+
+
+# -------------------------------------------------------------------------------------------------------------- sampler
+
+def euler(v, x, t, h):
+    return x + h * v(x, t)                                                     # Eq. 5
+
+
+def midpoint(v, x, t, h):
+    return x + h * v(x + h / 2 * v(x, t), t + h / 2)
+
+
+def rk4(v, x, t, h):
+    """The classical Runge-Kutta method of fourth order."""
+    a = v(x, t)
+    b = v(x + h / 2 * a, t + h / 2)
+    c = v(x + h / 2 * b, t + h / 2)
+    d = v(x + h * c, t + h)
+    return x + h / 6 * (a + 2 * b + 2 * c + d)
+
+
+SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
+STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+
+
+def evaluations(args):
+    """Evaluations of the network per response: those of the solver, and one to draw the counts."""
+    return args.steps * STAGES[args.solver] + (args.counts == "sample")
+
+
+def integrate(v, x, end, steps, solver):
+    """Follow dx/dt = v(x, t) from t = 0 to `end`; unrolled, since XLA is slow on loops on a CPU (`--steps` is small)."""
+    for step in range(steps):
+        x = SOLVERS[solver](v, x, end * step / steps, end / steps)
+    return x
+
+
+def sample(net, c, key, args):
+    """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
+    noise_key, count_key = jax.random.split(key)
+    x = jax.random.normal(noise_key, (len(c), *data.DETECTORS[args.detector].shape))
+    maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t, c).astype(jnp.float32)
+    v = lambda x, t: jax.vmap(velocity, (0, 0, None))(maps(x, t), x, t)
+    end = args.exit if args.counts == "sample" else 1.0
+    x = integrate(v, x, end, args.steps, args.solver)
+    if args.counts == "sample":
+        location, scale = jax.vmap(count_distribution)(maps(x, end), x)
+        counts = draw_counts(location, scale, count_key)
+    else:
+        counts = to_counts(x, args.counts)
+    return jnp.minimum(counts, 65535).astype(jnp.uint16)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+class State(eqx.Module):
+    """What a step changes: weights, their moving average, the optimiser."""
+    net: eqx.Module
+    ema: eqx.Module
+    optimiser: optax.OptState
+
+
+def make_optimiser(args, steps):
+    """AdamW behind a clip of the gradient norm; the learning rate ends near 0 after `steps` steps."""
+    schedule = (optax.cosine_onecycle_schedule(steps, args.lr, 0.1, 10, 100) if args.schedule == "onecycle"
+                else optax.cosine_decay_schedule(args.lr, steps))
+    return optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
+
+
+def make_step(args, optimiser):
+    """step(state, counts, c, key, number) -> (state, losses): gradient, update and moving average in one compiled call."""
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch, state):
+        counts, c, key, number = batch
+        key = jax.random.fold_in(key, number)
+        (_, losses), gradient = eqx.filter_value_and_grad(batch_loss, has_aux=True)(state.net, counts, c, key, args)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, eqx.filter(state.net, eqx.is_inexact_array))
+        net = eqx.apply_updates(state.net, updates)
+        decay = jnp.minimum(args.ema, (1 + number) / (10 + number))            # short at first
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(old) else old, state.ema, net)
+        return State(net, ema, optimiser_state), losses
+
+    return step
+
+
+def train(args, dataset, rows, scaler):
+    """Train on the given rows of the data set. Returns the averaged network and {"train_seconds", "step_seconds", ...}.
+
+    A plain loop over epochs. The order of the rows and all noise follow from --seed and the number of the step, so a run that
+    is cut off and continued with --resume ends in the same numbers. The state is saved once a minute.
+    """
+    conditions = data.conditions(dataset.particles, scaler)
+    per_epoch = len(rows) // args.batch_size
+    if not per_epoch:
+        raise UserError(f"--batch-size {args.batch_size}: larger than the {len(rows)} training rows")
+    model_key, train_key = jax.random.split(jax.random.key(args.seed))
+    optimiser = make_optimiser(args, args.epochs * per_epoch)
+    net = make_network(args, conditions.shape[1], model_key)
+    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
+    state = State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+    header = {"script": "fm", "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
+    done, seconds = 0, 0.0
+    if args.resume:
+        done, seconds, state = restore(args, header, state)
+    common.cut_log(args.run, done if args.resume else -1)
+    mesh = common.batch_mesh(args.devices)
+    state, step = common.replicate(state, mesh), make_step(args, optimiser)
+    began = saved = time.perf_counter()
+    step_times = []
+    with common.progress(args.epochs * per_epoch, f"training fm on {args.detector}", args.quiet) as bar:
+        bar.update(done)
+        for epoch in range(done // per_epoch, args.epochs):
+            order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
+            for batch_rows in order[done % per_epoch:]:
+                batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
+                state, losses = step((*batch, train_key, np.int32(done)), state)
+                done += 1
+                bar.update()
+                if done % 50 and done < args.epochs * per_epoch:
+                    continue                                                   # the device is asked for numbers only now and then
+                losses = {name: float(value) for name, value in losses.items()}
+                now = time.perf_counter()
+                common.check_finite(sum(losses.values()), done, args.run / "state.eqx")
+                common.log_line(args.run, {"step": done, "epoch": epoch, "seconds": seconds + now - began} | losses)
+                step_times.append(now)
+                if now - saved > 60 or done == args.epochs * per_epoch:
+                    common.save_checkpoint(args.run / "state.eqx", header | {"step": done, "seconds": seconds + now - began}, state)
+                    saved = now
+    seconds += time.perf_counter() - began
+    return state.ema, {"train_seconds": seconds, "step_seconds": float(np.median(np.diff(step_times))) / 50 if len(step_times) > 1 else None}
+
+
+def training_flags(args):
+    """The flags that decide what is trained, for the header of a checkpoint."""
+    names = ("net", "counts", "exit", "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "ema", "clip", "precision")
+    return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
+
+
+def restore(args, header, like):
+    """(step, seconds, state) of the run that was cut off; UserError if it had other flags."""
+    path = args.run / "state.eqx"
+    found, state = common.load_checkpoint(path, like, "fm", args.detector)
+    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != value]
+    if changed or found["rows"] != header["rows"]:
+        raise UserError(f"{path}: --resume needs the flags of the first run; different: {', '.join(changed) or 'rows of the data'}")
+    return found["step"], found["seconds"], state
+
+
+# ------------------------------------------------------------------------------------------------ scoring and generating
+
+def generator(args, net, scaler):
+    """generate(particles (N, 9), seed) -> uint16 (N, H, W), in blocks of one shape, so that it compiles once."""
+    draw = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
+
+    def generate(particles, seed):
+        c, key = data.conditions(particles, scaler), jax.random.fold_in(jax.random.key(args.seed), seed)
+        responses = np.empty((len(c), *data.DETECTORS[args.detector].shape), np.uint16)
+        for start in range(0, len(c), BLOCK):
+            block = c[start:start + BLOCK]
+            padded = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))          # padded rows are dropped again
+            responses[start:start + BLOCK] = draw(net, padded, jax.random.fold_in(key, start))[:len(block)]
+        return responses
+
+    return generate
+
+
+def score(args, generate, dataset, rows, oracle, label):
+    """Print and return every score of the given rows."""
+    real, particles, pdg = (field[rows] for field in dataset)
+    generations = [generate(particles, seed) for seed in range(GENERATIONS)]
+    detector = data.DETECTORS[args.detector]
+    runs = [data.simulate(detector, particles, pdg, 1000 + seed) for seed in range(GENERATIONS)] if oracle else None
+    scores = metrics.evaluate(real, generations, particles, pdg, oracle=runs)
+    metrics.print_table(scores, f"{args.detector.upper()}, {label}: {len(rows)} responses, {evaluations(args)} evaluations each")
+    return scores, real, generations[0]
+
+
+def sweep(args, net, scaler, dataset, rows, oracle):
+    """W and ms per response for several numbers of steps (paper 002, Fig. 5), printed and drawn."""
+    real, particles, pdg = (field[rows] for field in dataset)
+    truth, points = metrics.channels(real), []
+    floor = metrics.channels(data.simulate(data.DETECTORS[args.detector], particles, pdg, 1000)) if oracle else None
+    print(f"{'steps':>6} {'evaluations':>12} {'W':>8} {'MAE':>8} {'ms per response':>16}")
+    for steps in (1, 2, 4, 8, 11, 16, 32):
+        here = with_flags(args, steps=steps)
+        generate = generator(here, net, scaler)
+        generate(particles[:BLOCK], 0)                                         # compiles
+        began = time.perf_counter()
+        found = metrics.channels(generate(particles, 0))
+        ms = 1e3 * (time.perf_counter() - began) / len(rows)
+        points.append({"steps": steps, "evaluations": evaluations(here), "W": metrics.wasserstein(truth, found),
+                       "MAE": metrics.mae(truth, found), "ms_per_response": ms})
+        points[-1] |= {"oracle": metrics.wasserstein(truth, floor)} if oracle else {}
+        print(f"{steps:6d} {evaluations(here):12d} {points[-1]['W']:8.3f} {points[-1]['MAE']:8.2f} {ms:16.3f}")
+    common.plot_sweep(args.run / "sweep.png", points)
+    return points
+
+
+def with_flags(args, **changed):
+    return argparse.Namespace(**vars(args) | changed)
+
+
+def network_cost(net, conditions, shape):
+    """Parameters, and MFLOP of one evaluation as XLA counts them."""
+    x, t, c = (jax.ShapeDtypeStruct(s, np.float32) for s in (shape, (), (conditions,)))
+    arrays, rest = eqx.partition(net, eqx.is_array)
+    cost = jax.jit(lambda arrays, x, t, c: eqx.combine(arrays, rest)(x, t, c)).lower(arrays, x, t, c).compile().cost_analysis()
+    return {"parameters": common.count_parameters(net), "mflop": cost["flops"] / 1e6}
+
+
+def sampling_times(args, net, conditions):
+    """ms per response at batch 1, 32, 256 and 8192, compile time apart."""
+    draw = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
+    return common.time_sampler(lambda size: draw(net, jnp.zeros((size, conditions)), jax.random.key(0)))
+
+
+def compare(args):
+    """Cost of the networks side by side, in turn and several times: parameters, MFLOP, training step and ms per response."""
+    detector, conditions, rows, cases = data.DETECTORS[args.detector], 13, [], []
+    counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *detector.shape)).astype(np.uint16)
+    batch = counts, np.zeros((args.batch_size, conditions), np.float32), jax.random.key(0), np.int32(0)
+    for name in NETWORKS:
+        here = with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
+        net, optimiser = make_network(here, conditions, jax.random.key(0)), make_optimiser(here, 1000)
+        state = State(net, jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net),
+                      optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+        draw = eqx.filter_jit(lambda net, c, key, here=here: sample(net, c, key, here))
+        cases.append([here, make_step(here, optimiser), draw, state, [], []])
+    for _ in range(4):                                                         # the first round compiles and does not count
+        for case in cases:
+            _, step, draw, state, steps, samples = case
+            began = time.perf_counter()
+            case[3], losses = step(batch, state)
+            jax.block_until_ready(losses)
+            middle = time.perf_counter()
+            jax.block_until_ready(draw(case[3].net, batch[1], batch[2]))
+            steps.append(middle - began)
+            samples.append(time.perf_counter() - middle)
+    print(f"{'network':>8} {'parameters':>11} {'MFLOP':>8} {'step s':>8} {'ratio':>7} {'evaluations':>12} {'ms per response':>16} {'ratio':>7}")
+    for here, _, _, state, steps, samples in cases:
+        row = {"net": here.net, **network_cost(state.net, conditions, detector.shape), "evaluations": evaluations(here),
+               "step_seconds": min(steps[1:]), "ms_per_response": 1e3 * min(samples[1:]) / args.batch_size}
+        rows.append(row)
+        ratios = [rows[0][key] / row[key] for key in ("step_seconds", "ms_per_response")]
+        print(f"{row['net']:>8} {row['parameters']:11d} {row['mflop']:8.1f} {row['step_seconds']:8.3f} {ratios[0]:7.1f} "
+              f"{row['evaluations']:12d} {row['ms_per_response']:16.3f} {ratios[1]:7.1f}")
+    result = {"script": "fm", "detector": args.detector, "batch": args.batch_size, "device": common.device_name(), "networks": rows}
+    common.write_json(args.run / "compare.json", result)
+    return result
+
+
+def generate_file(args, net, scaler):
+    """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
+    particles, pdg = data.read_particles(args.generate)
+    generate = generator(args, net, scaler)
+    chunk = 32 * BLOCK
+
+    def blocks():
+        for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
+            rows = slice(start, start + chunk)
+            responses = generate(particles[rows], start)
+            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows], "channels": metrics.channels(responses)}
+
+    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script="fm", checkpoint=str(args.load))
+    print(f"{len(particles)} responses -> {args.out}")
+    return {"rows": len(particles), "out": str(args.out)}
+
+
+def load_model(args):
+    """Network and scaler of --load; the flags that shape them come from the checkpoint. UserError if it is another script's."""
+    header = common.read_header(args.load)
+    if (header.get("script"), header.get("detector")) != ("fm", args.detector):
+        raise UserError(f"{args.load}: made by {header.get('script')} for {header.get('detector')}, expected fm for {args.detector}")
+    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond")})
+    scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
+    like = make_network(args, len(scaler.mean), jax.random.key(0))
+    return common.load_checkpoint(args.load, like, "fm", args.detector)[1], scaler, header
+
+
+def main(argv=None):
+    """Train (or load) and score, or generate. Returns what metrics.json holds."""
+    args = flags().parse_args(argv)
+    common.initialize_hosts()
+    common.enable_compilation_cache()
+    if args.compare:
+        return compare(args)
+    if args.generate and not args.load:
+        raise UserError("--generate needs --load, a checkpoint such as weights/fm-zn.eqx")
+    if args.load:
+        net, scaler, header = load_model(args)
+        if args.generate:
+            return generate_file(args, net, scaler)
+    dataset = data.load(args.data, args.detector) if args.data else data.open_data(args.detector, args.n, args.seed, quiet=args.quiet)
+    split = data.split_particles(dataset.particles, args.seed) if args.split == "particles" else data.split_rows(len(dataset.pdg), args.seed)
+    if args.load:
+        times = {name: header["scores"][name] for name in ("train_seconds", "step_seconds")}
+    else:
+        scaler = data.fit_conditions(dataset.particles[split[0]], args.cond)
+        net, times = train(args, dataset, split[0], scaler)
+    return report(args, net, scaler, dataset, split, times)
+
+
+def report(args, net, scaler, dataset, split, times):
+    """Score seen and unseen particles, write the run folder, return metrics.json."""
+    generate, oracle = generator(args, net, scaler), args.data is None
+    test = {"unseen" if args.split == "particles" else "seen": (dataset, split[2])}
+    if oracle and args.split == "rows":
+        rows = min(len(split[2]), 20_000)
+        fresh = data.open_data(args.detector, rows, args.seed, fresh=True, quiet=args.quiet)
+        test["unseen"] = fresh, np.arange(rows)
+    result = {"script": "fm", "detector": args.detector, "command": "python " + " ".join(["fm.py", *sys.argv[1:]]),
+              "versions": common.versions(), "device": common.device_name(), "flags": training_flags(args),
+              "rows": {"train": len(split[0])} | {name: len(rows) for name, (_, rows) in test.items()},
+              **network_cost(net, len(scaler.mean), data.DETECTORS[args.detector].shape), "steps": args.steps, "solver": args.solver,
+              "evaluations": evaluations(args), **times, **sampling_times(args, net, len(scaler.mean)), "seen": None, "unseen": None}
+    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; ms per "
+          "response: " + ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items()))
+    for name, (source, rows) in test.items():
+        result[name], real, generated = score(args, generate, source, rows, oracle, f"{name} particles")
+        if name == "seen" or args.split == "particles":
+            plot(args, real, generated, source, rows)
+    if args.sweep:
+        result["sweep"] = sweep(args, net, scaler, dataset, split[1], oracle)  # validation rows
+    common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": training_flags(args),
+                           "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net)
+    common.write_json(args.run / "metrics.json", result)
+    print(f"written: {args.run}/model.eqx, metrics.json, samples.png, channels.png, training.png")
+    return result
+
+
+def plot(args, real, generated, source, rows):
+    """The run's pictures: the eight most common particles, channel histograms and the training curve."""
+    ids, first = data.unique_particles(source.particles[rows])
+    common_ids = np.argsort(-np.bincount(ids), kind="stable")[:8]
+    titles = [f"{data.PDG_NAMES.get(int(source.pdg[rows][first[i]]), '?')} {source.particles[rows][first[i], 0]:.0f} GeV" for i in common_ids]
+    common.plot_samples(args.run / "samples.png", {"data": real[first[common_ids]], "model": generated[first[common_ids]]}, titles)
+    common.plot_channels(args.run / "channels.png", metrics.channels(real), metrics.channels(generated))
+    if records := common.read_log(args.run):
+        common.plot_training(args.run / "training.png", records)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,495 @@
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.linalg import sqrtm
+from scipy.stats import wasserstein_distance
+
+import common
+import metrics
+from common import UserError
+
+ROOT = Path(__file__).parent.parent
+seeds = st.integers(0, 2**32 - 1)
+examples = settings(deadline=None, max_examples=40)
+columns = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(-1e6, 1e6) | st.integers(-3, 3).map(float))
+
+
+def particles_of(ids):
+    """Photons (N, 9) that differ only in their energy: one for each id."""
+    particles = np.zeros((len(ids), 9), np.float32)
+    particles[:, 0] = particles[:, 6] = 100 + np.asarray(ids)
+    return particles
+
+
+def make(rng, rows=60, particles=8, shape=(6, 4), rate=2.0):
+    """responses uint16 (N, H, W) and ids (N,): light whose amount depends on the particle."""
+    ids = np.unique(rng.integers(particles, size=rows), return_inverse=True)[1]
+    light = rate * (1 + ids % 3) * rng.random(rows)
+    return rng.poisson(light[:, None, None], (rows, *shape)).astype(np.uint16), ids
+
+
+def two_sets(seed, **options):
+    rng = np.random.default_rng(seed)
+    real, ids = make(rng, rows=int(rng.integers(1, 40)), particles=int(rng.integers(1, 8)), **options)
+    return real, rng.permutation(real), ids, rng
+
+
+# ------------------------------------------------------------------------------------------------- channels and shapes
+
+def loop_channels(response, convention):
+    height, width = response.shape
+    sums = [0] * 5
+    for i in range(height):
+        for j in range(width):
+            to_quadrant = (i + j) % 2 == (0 if convention == "papers" else 1)
+            quadrant = 2 * (i >= height // 2) + (j >= width // 2)
+            sums[quadrant if to_quadrant else 4] += int(response[i, j])
+    return sums
+
+
+def loop_shape(response):
+    height, width = response.shape
+    light = [(i - (height - 1) / 2, j - (width - 1) / 2, int(response[i, j])) for i, j in np.ndindex(height, width)]
+    total = sum(n for _, _, n in light)
+    if not total:
+        return [0] * 6
+    x, y = (sum(point[k] * point[2] for point in light) / total for k in (0, 1))
+    radius = math.sqrt(sum(n * ((a - x)**2 + (b - y)**2) for a, b, n in light) / total)
+    return [x, y, radius, sum(n > 0 for _, _, n in light), max(n for _, _, n in light), total]
+
+
+@examples
+@given(hnp.arrays(np.uint16, st.tuples(st.integers(1, 5), st.sampled_from([4, 6]), st.sampled_from([2, 4]))),
+       st.sampled_from(["papers", "o2"]))
+def test_channels_and_shapes_match_loops(responses, convention):
+    sample = metrics.summarise(responses, convention)
+    expected = np.array([loop_channels(r, convention) for r in responses], np.float32)
+    np.testing.assert_array_equal(metrics.channels(responses, convention), expected)
+    np.testing.assert_array_equal(sample.channels, expected)
+    np.testing.assert_allclose(sample.shapes, [loop_shape(r) for r in responses], rtol=1e-9, atol=1e-6)
+    values, counts = np.unique(responses, return_counts=True)
+    np.testing.assert_array_equal(np.flatnonzero(sample.spectrum), values)
+    np.testing.assert_array_equal(sample.spectrum[values], counts)
+
+
+def test_one_photon_reaches_the_right_channel():
+    for (i, j), channel in {(0, 0): 0, (1, 3): 1, (3, 1): 2, (2, 2): 3, (0, 1): 4, (3, 0): 4}.items():
+        response = np.zeros((1, 4, 4), np.uint16)
+        response[0, i, j] = 1
+        np.testing.assert_array_equal(metrics.channels(response), np.eye(5)[[channel]])
+    assert metrics.channels(np.ones((1, 44, 44), np.uint16)).tolist() == [[242] * 4 + [968]]
+    assert metrics.channels(np.ones((1, 56, 30), np.uint16)).sum() == 56 * 30
+    assert metrics.channels(np.zeros((0, 44, 44), np.uint16)).shape == (0, 5)
+    with pytest.raises(UserError, match="convention"):
+        metrics.channels(response, "wojnar")
+
+
+def test_many_rows_go_through_in_chunks(monkeypatch):
+    responses, _ = make(np.random.default_rng(0), rows=50)
+    whole, total = metrics.summarise(responses), metrics.rmse(responses, responses[::-1])
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    for one, other in zip(whole, metrics.summarise(responses)):
+        np.testing.assert_array_equal(one, other)
+    assert metrics.rmse(responses, responses[::-1]) == pytest.approx(total)
+    np.testing.assert_array_equal(metrics.channels(responses), whole.channels)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_what_is_not_a_photon_count_is_refused(value):
+    responses = np.ones((3, 4, 4), np.float32)
+    np.testing.assert_array_equal(metrics.summarise(responses).channels[:, 4], 8)
+    responses[1, 2, 3] = value
+    with pytest.raises(UserError, match="negative or non-finite"):
+        metrics.summarise(responses)
+
+
+# -------------------------------------------------------------------------------------------------- marginal scores
+
+@examples
+@given(columns, columns)
+def test_wasserstein_is_scipys(u, v):
+    expected = wasserstein_distance(u, v)
+    assert metrics.wasserstein(u, v) == pytest.approx(expected, rel=1e-9, abs=1e-9 * (1 + np.abs(u).max()))
+
+
+@examples
+@given(seeds)
+def test_wasserstein_of_channels_is_the_mean_over_them(seed):
+    rng = np.random.default_rng(seed)
+    u, v = (rng.integers(0, 9, size=(rng.integers(1, 50), 5)).astype(np.float32) for _ in range(2))
+    expected = np.mean([wasserstein_distance(u[:, k], v[:, k]) for k in range(5)])
+    assert metrics.wasserstein(u, v) == pytest.approx(expected)
+    assert metrics.wasserstein(u, rng.permutation(u)) == 0
+    assert metrics.wasserstein(u, u + 3) == pytest.approx(3)
+
+
+@examples
+@given(seeds)
+def test_mae_and_rmse_match_loops(seed):
+    real, generated, _, _ = two_sets(seed)
+    w, v = metrics.channels(real), metrics.channels(generated)
+    gaps = [abs(float(w[k, c]) - float(v[k, c])) for k, c in np.ndindex(w.shape)]
+    assert metrics.mae(w, v) == pytest.approx(sum(gaps) / len(gaps))
+    squares = [sum((int(a) - int(b))**2 for a, b in zip(one.flat, other.flat)) for one, other in zip(real, generated)]
+    assert metrics.rmse(real, generated) == pytest.approx(math.sqrt(sum(squares) / len(real)))
+
+
+@examples
+@given(seeds)
+def test_shower_shape_and_spectrum_match_loops(seed):
+    real, generated, _, rng = two_sets(seed)
+    generated = generated + rng.integers(0, 2, generated.shape).astype(np.uint16)
+    a, b = metrics.summarise(real), metrics.summarise(generated)
+    for k, (name, value) in enumerate(metrics.shower_shape(a.shapes, b.shapes).items()):
+        scale = statistics.pstdev(a.shapes[:, k]) or 1
+        expected = wasserstein_distance(a.shapes[:, k], b.shapes[:, k]) / scale
+        assert name == metrics.SHAPES[k] and value == pytest.approx(expected, rel=1e-6, abs=1e-6 / scale)
+    expected = 0
+    for n in range(int(max(real.max(), generated.max())) + 1):
+        p, q = (np.count_nonzero(r == n) / r.size for r in (real, generated))
+        expected += (p - q)**2 / (p + q) / 2 if p + q else 0
+    assert metrics.spectrum(a.spectrum, b.spectrum) == pytest.approx(expected)
+    assert metrics.spectrum(a.spectrum, a.spectrum) == 0
+    assert metrics.spectrum(np.array([0, 5]), np.array([3])) == pytest.approx(1)
+
+
+# ----------------------------------------------------------------------------------------------- conditional scores
+
+def rows_of(ids):
+    return [[k for k in range(len(ids)) if ids[k] == u] for u in range(max(ids) + 1)]
+
+
+@examples
+@given(seeds)
+def test_mae_of_particles_matches_loops(seed):
+    real, generated, ids, _ = two_sets(seed)
+    w, v = metrics.channels(real), metrics.channels(generated)
+    weights = {"MAE_c": lambda n: 1, "MAE_cw": lambda n: n, "MAE_cond": lambda n: math.log(1 + n)}
+    for name, p in weights.items():
+        top = bottom = 0
+        for rows in rows_of(ids):
+            gaps = [abs(statistics.fmean(w[rows, c]) - statistics.fmean(v[rows, c])) for c in range(5)]
+            top, bottom = top + p(len(rows)) * sum(gaps) / 5, bottom + p(len(rows))
+        terms = metrics.mae_particles(w, v, ids)
+        assert metrics.weighted_mean(terms, metrics.particle_weights(ids, name)) == pytest.approx(top / bottom)
+
+
+def loop_dispersion(w, v, ids, pdg):
+    def mad(values):
+        middle = statistics.median(values)
+        return statistics.median([abs(value - middle) for value in values])
+
+    groups = rows_of(ids)
+    code = [pdg[rows[0]] for rows in groups]
+    kind = {c: [u for u in range(len(groups)) if code[u] == c] for c in set(code)}
+    top = bottom = 0
+    for u, rows in enumerate(groups):
+        n, members = len(rows), kind[code[u]]
+        kappa = np.percentile([len(groups[m]) for m in members], 10)
+        alpha, deltas = n / (n + kappa), []
+        for c in range(5):
+            often = [m for m in members if len(groups[m]) >= 5] or members
+            ordered = sorted((mad([float(w[k, c]) for k in groups[m]]), math.log(1 + len(groups[m]))) for m in often)
+            half, below = sum(weight for _, weight in ordered) / 2, 0
+            for prior, weight in ordered:
+                below += weight
+                if below >= half - 1e-12:
+                    break
+            real, other = (alpha * mad([float(x[k, c]) for k in rows]) + (1 - alpha) * prior for x in (w, v))
+            deltas.append(abs(other - real) / (other + real + metrics.TAU))
+        if n >= 2:
+            top, bottom = top + math.log(1 + n) * sum(deltas) / 5, bottom + math.log(1 + n)
+    return top / bottom if bottom else math.nan
+
+
+@examples
+@given(seeds)
+def test_dispersion_matches_loops(seed):
+    real, generated, ids, _ = two_sets(seed)
+    w, v, pdg = metrics.channels(real), metrics.channels(generated), np.array([22, 2112])[ids % 2]
+    value = metrics.weighted_mean(metrics.dispersion(w, v, ids, pdg), metrics.particle_weights(ids, "dispersion"))
+    assert value == pytest.approx(loop_dispersion(w, v, ids, pdg), nan_ok=True)
+
+
+@examples
+@given(seeds)
+def test_jaccard_error_matches_loops(seed):
+    real, generated, ids, _ = two_sets(seed, rate=0.2)
+    w, v = metrics.channels(real), metrics.channels(generated)
+    top = bottom = 0
+    for rows in rows_of(ids):
+        gaps = []
+        for a, b in metrics.NEIGHBOURS:
+            found = []
+            for x in (w, v):
+                both = sum(x[k, a] > 0 and x[k, b] > 0 for k in rows)
+                either = sum(x[k, a] > 0 or x[k, b] > 0 for k in rows)
+                found.append(both / either if either else 1)
+            gaps.append(abs(found[0] - found[1]))
+        top, bottom = top + math.log(1 + len(rows)) * sum(gaps) / len(gaps), bottom + math.log(1 + len(rows))
+    value = metrics.weighted_mean(metrics.jaccard_error(w, v, ids), metrics.particle_weights(ids, "JaccErr"))
+    assert value == pytest.approx(top / bottom)
+
+
+def test_bootstrap_covers_the_mean_and_shrinks():
+    rng = np.random.default_rng(0)
+    widths = []
+    for size in (50, 5000):
+        terms, weights = rng.exponential(size=size), rng.random(size)
+        low, high = metrics.bootstrap(terms, weights)
+        assert low < metrics.weighted_mean(terms, weights) < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(10, rel=0.5)
+    assert metrics.bootstrap(np.ones(3), np.zeros(3)) is None
+
+
+# ------------------------------------------------------------------------------------------------ distances, classifier
+
+def test_frechet_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    a, b = (m @ m.T for m in rng.normal(size=(2, 4, 4)))
+    shift = rng.normal(size=4)
+    expected = (shift**2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert metrics.frechet(shift, a, np.zeros(4), b) == pytest.approx(expected)
+    assert metrics.frechet(shift, a, shift, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_sampled_moments_are_those_of_the_drawn_rows():
+    features, sizes = np.random.default_rng(0).normal(size=(40, 3)), np.array([10, 25, 40])
+    means, covariances = metrics.sampled_moments(features, sizes, seed=5)
+    rng = np.random.default_rng(5)
+    for size, mean, covariance in zip(sizes, means, covariances):
+        rows = features[rng.integers(40, size=size)]
+        np.testing.assert_allclose(mean, rows.mean(axis=0))
+        np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False))
+
+
+def test_fpd_of_gaussians():
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) * [1, 1, 2] + [1, 0, 0]
+    largest = np.abs(real).max(axis=0)
+    value, error = metrics.fpd(real, generated)
+    assert value == pytest.approx((1 / largest[0])**2 + (1 / largest[2])**2, rel=0.15) and 0 <= error < 0.1 * value
+    same, _ = metrics.fpd(real, rng.normal(size=(4000, 3)))
+    assert 0 <= same < 0.02 * value
+
+
+@examples
+@given(seeds)
+def test_mmd_matches_the_double_loop(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(int(rng.integers(2, 9)), 3)), rng.normal(size=(int(rng.integers(2, 9)), 3)) + rng.random()
+
+    def kernel(a, b):
+        return (sum(a * b) / 3 + 1)**4
+
+    own = [np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)]
+    expected = sum(own) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert metrics.mmd(x, y) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+def test_kpd_sees_a_shift_and_nothing_else():
+    rng = np.random.default_rng(0)
+    real, again = rng.normal(size=(2, 3000, 4))
+    same, error = metrics.kpd(real, again)
+    shifted, _ = metrics.kpd(real, again + 0.5)
+    assert abs(same) < 3 * error + 0.002 and shifted > 5 * abs(same) and shifted > 0.005
+
+
+def test_distances_say_nothing_about_a_handful_of_rows():
+    assert np.isnan(metrics.fpd(np.ones((5, 2)), np.ones((5, 2)))).all()
+    assert np.isnan(metrics.kpd(np.ones((5, 2)), np.ones((5, 2)))).all()
+    assert metrics.fpd(np.ones((12, 2)), np.ones((12, 2)))[0] == pytest.approx(0, abs=1e-9)
+    assert metrics.fpd_sizes(100_000) == (20_000, 50_000) and metrics.fpd_sizes(1000) == (400, 1000)
+
+
+@examples
+@given(hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(0, 5)),
+       hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(0, 5)))
+def test_rank_auc_matches_the_double_loop(positive, negative):
+    wins = [1 if p > n else 0.5 if p == n else 0 for p in positive for n in negative]
+    assert metrics.rank_auc(positive, negative) == pytest.approx(sum(wins) / len(wins))
+
+
+def test_classifier_tells_what_differs_and_only_that(monkeypatch):
+    monkeypatch.setitem(metrics.CLASSIFIER, "epochs", 3)
+    rng = np.random.default_rng(0)
+    real, again = rng.normal(size=(2, 2000, 8)).astype(np.float32)
+    assert metrics.classifier_auc(real, again) == pytest.approx(0.5, abs=0.06)
+    assert metrics.classifier_auc(real, real) == 0.5
+    assert metrics.classifier_auc(real, again + np.float32([2] + [0] * 7)) > 0.85
+    assert metrics.classifier_auc(real, again + 1, seed=1) > 0.95
+    assert metrics.classifier_auc(real, again + 1, seed=1) == metrics.classifier_auc(real, again + 1, seed=1)
+    assert np.isnan(metrics.classifier_auc(real[:9], again[:9]))
+
+
+# -------------------------------------------------------------------------------------------------- everything together
+
+@examples
+@given(hnp.arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 9)), seeds)
+def test_the_floor_pairs_equal_particles_once(ids, seed):
+    a, b = metrics.pair_rows(ids, seed)
+    np.testing.assert_array_equal(ids[a], ids[b])
+    assert len(np.unique(np.concatenate([a, b]))) == 2 * len(a)
+    assert len(a) == sum(n // 2 for n in np.bincount(ids))
+
+
+@pytest.fixture
+def small_classifier(monkeypatch):
+    for key, value in dict(rows=200, epochs=2, width=8, trainings=3).items():
+        monkeypatch.setitem(metrics.CLASSIFIER, key, value)
+
+
+def sets(count, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    real, ids = make(rng, rows=240, **options)
+    light = real.mean(axis=(1, 2), keepdims=True)
+    others = [rng.poisson(light, real.shape).astype(np.uint16) for _ in range(count)]
+    return real, others, particles_of(ids), np.array([22, 2112, 3122])[ids % 3].astype(np.int32)
+
+
+def test_a_generation_that_is_the_oracle_has_r_one(small_classifier):
+    real, generations, particles, pdg = sets(2)
+    scores = metrics.evaluate(real, generations, particles, pdg, oracle=generations)
+    for name in metrics.SCORES:
+        assert scores[name]["value"] == scores[name]["oracle"] and scores[name]["spread"] >= 0
+        assert scores[name]["R"] is None or scores[name]["R"] == 1
+    assert all(scores[name]["R"] == 1 for name in metrics.SCORES if name not in ("AUC_low", "AUC_high", "FPD", "KPD"))
+    assert scores["AUC_low"]["R"] is scores["AUC_high"]["R"] is None
+    assert list(scores["types"]) == sorted(scores["types"], key=lambda t: -scores["types"][t]["rows"])
+    assert set(scores["types"]) == {"gamma", "n", "Lambda"} and scores["types"]["n"]["W"]["R"] == 1
+    assert sum(t["rows"] for t in scores["types"].values()) == 240 and scores["particles"] == 8
+    json.dumps(scores, allow_nan=False)
+
+
+def test_values_are_means_over_generations():
+    real, generations, particles, pdg = sets(3)
+    together = metrics.evaluate(real, generations, particles, pdg, classifier=False)
+    alone = [metrics.evaluate(real, [g], particles, pdg, classifier=False) for g in generations]
+    w = metrics.channels(real)
+    for name in ("W", "MAE", "RMSE", "MAE_cond", "dispersion", "JaccErr", "shape_radius", "spectrum"):
+        values = [scores[name]["value"] for scores in alone]
+        assert together[name]["value"] == pytest.approx(np.mean(values))
+        assert together[name]["spread"] == pytest.approx(np.std(values, ddof=1)) and alone[0][name]["spread"] is None
+    assert alone[0]["W"]["value"] == pytest.approx(metrics.wasserstein(w, metrics.channels(generations[0])))
+    low, high = together["MAE_cond"]["interval"]
+    assert low < together["MAE_cond"]["value"] < high
+    assert "AUC_low" not in together and together["W"]["R"] is None and together["W"]["floor"] > 0
+    assert together["marginals"]["sum_mean"]["real"] == pytest.approx(w.sum(axis=1).mean())
+    assert together["marginals"]["lit_percent"]["real"] == pytest.approx(100 * (real > 0).mean())
+    assert together["marginals"]["single_percent"]["real"] == pytest.approx(100 * (real == 1).sum() / (real > 0).sum())
+    o2 = metrics.evaluate(real, generations, particles, pdg, classifier=False, convention="o2")
+    assert o2["W"]["value"] != together["W"]["value"] and o2["shape_sum"] == together["shape_sum"]
+
+
+def test_worse_generations_score_worse():
+    real, (good,), particles, pdg = sets(1, rate=10)
+    bad = (good * 1.3).astype(np.uint16)
+    scores = [metrics.evaluate(real, [g], particles, pdg, oracle=[good], classifier=False) for g in (good, bad)]
+    for name in ("W", "MAE_c", "MAE_cw", "MAE_cond", "shape_sum", "shape_peak", "spectrum", "FPD", "KPD"):
+        assert scores[1][name]["value"] > scores[0][name]["value"], name
+    assert scores[1]["W"]["R"] > 2
+
+
+def test_without_repeated_particles_there_is_no_floor():
+    real, generations, _, pdg = sets(1)
+    scores = metrics.evaluate(real, generations, particles_of(np.arange(240)), pdg, classifier=False)
+    assert scores["W"]["floor"] is None and scores["W"]["value"] > 0
+    assert scores["dispersion"]["value"] is None and scores["dispersion"]["interval"] is None
+    metrics.print_table(scores, "unique")
+
+
+def test_same_seed_same_numbers(small_classifier):
+    real, generations, particles, pdg = sets(1)
+    assert metrics.evaluate(real, generations, particles, pdg) == metrics.evaluate(real, generations, particles, pdg)
+
+
+def test_arrays_that_do_not_match_are_refused():
+    real, (other,), particles, pdg = sets(1)
+    for arguments in ((real, [other[1:]], particles, pdg), (real, other, particles, pdg), (real, [], particles, pdg),
+                      (real[:0], [other[:0]], particles[:0], pdg[:0]), (real, [other], particles[1:], pdg),
+                      (real, [other], particles, pdg[1:])):
+        with pytest.raises(UserError):
+            metrics.evaluate(*arguments)
+
+
+@examples
+@given(seeds)
+def test_lookup_returns_rows_of_the_same_particle(seed):
+    rng = np.random.default_rng(seed)
+    train, test = rng.integers(0, 6, 40), rng.integers(0, 8, 30)
+    conditions = train[:, None].astype(np.float32), test[:, None].astype(np.float32)
+    rows = metrics.lookup(particles_of(train), particles_of(test), seed, *conditions)
+    for k, row in enumerate(rows):
+        assert abs(train[row] - test[k]) == np.abs(train - test[k]).min()
+    if len(set(test) - set(train)):
+        with pytest.raises(UserError, match="conditions"):
+            metrics.lookup(particles_of(train), particles_of(test), seed)
+
+
+def test_lookup_draws_every_row():
+    rows = metrics.lookup(particles_of([1, 1, 2, 1]), particles_of([1] * 500 + [2]), 0)
+    np.testing.assert_allclose(np.bincount(rows[:500]) / 500, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.1)
+    assert rows[-1] == 2
+    np.testing.assert_array_equal(rows, metrics.lookup(particles_of([1, 1, 2, 1]), particles_of([1] * 500 + [2]), 0))
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+def write(path, responses, particles, pdg, **attributes):
+    with h5py.File(path, "w") as file:
+        file.update({"responses": responses, "particles": particles, "pdg": pdg})
+        file.attrs.update(detector="zn", **attributes)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    real, others, particles, pdg = sets(3, shape=(44, 44), rate=0.2)
+    return [write(tmp_path / f"{k}.h5", r, particles, pdg) for k, r in enumerate([real, *others])]
+
+
+def test_the_command_prints_a_table_and_writes_json(files, tmp_path):
+    out = tmp_path / "scores.json"
+    code = ("import sys, metrics, common; metrics.CLASSIFIER.update(rows=100, epochs=1, width=8, trainings=2); "
+            "common.run(lambda: metrics.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, *files[:3], "--oracle", files[3], "--json", str(out)], cwd=ROOT,
+                          text=True, capture_output=True, env=os.environ)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:2 + len(metrics.SCORES)]] == list(metrics.SCORES)
+    assert max(map(len, lines[1:])) <= 120 and "rows 100" in done.stdout and "too" not in done.stdout
+    scores = json.loads(out.read_text())
+    assert scores["W"]["R"] == pytest.approx(scores["W"]["value"] / scores["W"]["oracle"])
+    assert scores["generations"] == 2
+    assert {"versions", "types", "marginals", *metrics.SCORES} <= set(scores) and scores["rows"] == 240
+
+
+def test_the_command_without_classifier(files, capsys):
+    scores = metrics.main([*files[:2], "--no-classifier", "--convention", "o2"])
+    assert "AUC" not in capsys.readouterr().out and scores["convention"] == "o2" and scores["classifier"] is None
+
+
+def test_mistakes_end_in_one_line(files, tmp_path):
+    real, others, particles, pdg = sets(1, shape=(44, 44), rate=0.2)
+    shuffled = write(tmp_path / "shuffled.h5", others[0], particles[::-1], pdg)
+    short = write(tmp_path / "short.h5", others[0][1:], particles[1:], pdg[1:])
+    for arguments, word in (([files[0], shuffled], "row by row"), ([files[0], short], "240 and 239|239 and 240"),
+                            ([files[0], "nowhere.h5"], "nowhere.h5"), ([files[0], __file__], "test_metrics"),
+                            ([files[0], files[1], "--detector", "zp"], "zp")):
+        with pytest.raises(UserError, match=word):
+            metrics.main([*arguments, "--no-classifier"])
+    for arguments in ([files[0], shuffled], [files[0]], [files[0], files[1], "--convention", "x"]):
+        done = subprocess.run([sys.executable, "metrics.py", *arguments], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
