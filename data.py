@@ -103,20 +103,20 @@ class Primary(NamedTuple):
 
 
 PRIMARIES = {   # [C] on the published mix, feature means, unique particles and shares of direct hits
-    22: Primary(640, 61.5, (340.0, 1.0), 0.26),
-    2112: Primary(208, 14.3, (1.3, 3.2), 0.32),
+    22: Primary(660, 63.0, (305.0, 1.06), 0.245),
+    2112: Primary(208, 14.4, (1.3, 3.2), 0.32),
     2212: Primary(390, 7.6, (1.0, 2.1), 0.26),
     3122: Primary(47, 2.2, (2.0, 4.6), 0.74),
     310: Primary(94, 1.4, (1.8, 5.4), 1.50),
     130: Primary(70, 1.6, (0.9, 4.2), 0.42),
-    211: Primary(550, 5.2, (0.75, 6.0), 0.36),
-    -211: Primary(250, 1.7, (0.7, 6.0), 0.36),
+    211: Primary(480, 4.5, (0.75, 6.0), 0.36),
+    -211: Primary(240, 1.6, (0.7, 6.0), 0.36),
     321: Primary(70, 0.7, (0.8, 5.0), 0.40),
     -321: Primary(36, 0.3, (0.7, 5.0), 0.40),
     -2112: Primary(24, 0.55, (0.9, 5.0), 0.40),
     -2212: Primary(20, 0.2, (0.9, 5.0), 0.40),
     -3122: Primary(10, 0.2, (0.9, 5.0), 0.40),
-    3222: Primary(20, 0.28, (2.3, 2.8), 0.10, 3.55),
+    3222: Primary(20, 0.25, (2.3, 2.8), 0.10, 3.55),
     3112: Primary(14, 0.25, (1.2, 3.2), 0.40),
     3322: Primary(10, 0.2, (1.2, 3.2), 0.40),
     3312: Primary(8, 0.1, (1.2, 3.2), 0.40),
@@ -130,17 +130,18 @@ PRIMARIES = {   # [C] on the published mix, feature means, unique particles and 
 RUNS_SHAPE = 3.0   # of the gamma distribution of the runs per particle [C]
 
 
-def _slices(rng, count):
-    """Uniform numbers (count,), one from each of equal slices of [0, 1], so that no mean of 40 particles depends on luck."""
-    return (rng.permutation(count) + rng.random(count)) / count
+def _lattice(rng, count):
+    """Numbers in [0, 1), (5, count): a Kronecker lattice at random offsets. It fills the space evenly, so that the statistics
+    of a list of 40 particles do not hang on luck. [Roberts 2018, the R_d sequence, d = 5]"""
+    steps = 1.134724138401519 ** -np.arange(1.0, 6.0)   # the root of x^6 = x + 1
+    return (rng.random((5, 1)) + steps[:, None] * np.arange(count)) % 1
 
 
-def _energies(pdg, rng):
-    """Energies of all primaries of one type, GeV."""
-    count, _, (a, b), *_ = PRIMARIES[pdg]
-    u = _slices(rng, count)
+def _energies(pdg, rng, u):
+    """Energies of the primaries of one type, GeV, at the quantiles `u` of the spectrum."""
+    a, b = PRIMARIES[pdg].spectrum
     if pdg == 22:
-        normal = np.array([NormalDist().inv_cdf(value) for value in u])
+        normal = np.array([NormalDist().inv_cdf(value) for value in np.clip(u, 1e-6, 1 - 1e-6)])
         return np.clip(a * np.exp(b * normal), 1.1, 6000.0)
     return 7000.0 * np.quantile(rng.beta(a, b, 20_000), u)
 
@@ -151,26 +152,25 @@ def primaries(seed, fresh=False):
     Returns particles float32 (P, 9) as FEATURES, pdg int32 (P,) and the probability (P,) that a run belongs to each.
     `fresh` draws another list of the same spectrum.
     """
-    rng = np.random.default_rng([VERSION, seed, int(fresh)])
     particles, pdgs, weights = [], [], []
     for pdg, primary in PRIMARIES.items():
+        rng = np.random.default_rng([VERSION, seed, int(fresh), pdg % 2**32])   # a stream for each type
         species, count = SPECIES[pdg], primary.particles
         mass = species.mass / 1000
-        energy = np.maximum(_energies(pdg, rng), 1.1 + mass)
-        kt = primary.kt * (energy / 1000) ** 0.15 * np.quantile(rng.gamma(2.0, 0.5, 20_000), _slices(rng, count))
+        u_energy, u_kt, u_phi, u_runs, u_length = _lattice(rng, count)
+        energy = np.maximum(_energies(pdg, rng, u_energy), 1.1 + mass)
+        kt = primary.kt * (energy / 1000) ** 0.15 * np.quantile(rng.gamma(2.0, 0.5, 20_000), u_kt)
         kt = np.minimum(kt, 0.1 * energy)
-        phi = rng.uniform(0, 2 * np.pi, count)
-        px, py = kt * np.cos(phi), kt * np.sin(phi)
+        px, py = kt * np.cos(2 * np.pi * u_phi), kt * np.sin(2 * np.pi * u_phi)
         px = np.copysign(np.maximum(np.abs(px), primary.miss / FLIGHT_CM * energy), px)
-        kt = np.hypot(px, py)
-        pz = np.sqrt(energy**2 - mass**2 - kt**2) * rng.choice([-1.0, 1.0], count)
-        # a photon starts where its pi0 decayed, c tau E / m away with E about 1.15 times the photon's; the others at 0
-        length = rng.exponential(SPECIES[111].ctau / 0.135 * 1.15 * energy) * (pdg == 22)
+        pz = np.sqrt(energy**2 - mass**2 - px**2 - py**2) * rng.choice([-1.0, 1.0], count)
+        # a photon starts where its pi0 decayed, c tau E / m away with E about the photon's; the others at 0
+        length = -np.log(1 - u_length) * SPECIES[111].ctau / 0.135 * energy * (pdg == 22)
         vx, vy, vz = length * px / energy, length * py / energy, length * pz / energy
         particles.append(np.stack([energy, vx, vy, vz, px, py, pz, np.full(count, species.mass),
                                    np.full(count, float(species.charge))], axis=1))
         pdgs.append(np.full(count, pdg, np.int32))
-        runs = rng.gamma(RUNS_SHAPE, size=count)
+        runs = np.quantile(rng.gamma(RUNS_SHAPE, size=20_000), u_runs)
         weights.append(primary.share * runs / runs.sum())
     weights = np.concatenate(weights)
     return np.concatenate(particles).astype(np.float32), np.concatenate(pdgs), weights / weights.sum()
@@ -184,7 +184,7 @@ APERTURE_CM = 3.7     # beyond it a straight line meets the beam pipe [C]
 WINDOW_CM = (8.5, 31.0, 6.5)   # x from, x to, |y| below: protons come through to ZP, with a little material in the way [C]
 COLLIMATOR_CM = 1.6   # protons whose straight line ends further out than this lose most of their energy on the way [C]
 HAZE = 0.21           # photons per GeV lost that soft particles would give in an endless calorimeter [C]
-WALL_CM = 34.0        # a swept particle is in the wall before it is this far off [C]
+WALL_CM = 26.0        # a swept particle is in the wall before it is this far off [C]
 
 
 class Particles(NamedTuple):
@@ -295,8 +295,8 @@ def _scrape(rng, at):
     low, high, tall = WINDOW_CM
     window = charged & (at.x > low) & (at.x < high) & (np.abs(at.y) < tall)
     wide = np.hypot(at.x - at.bend, at.y) > COLLIMATOR_CM
-    outside = np.maximum(np.abs(at.x), np.abs(at.y)) > APERTURE_CM
-    hit = rng.random(len(at.row)) < outside * np.select([window & wide, window, charged], [0.985, 0.8, 0.85], 0.98)
+    inside = np.maximum(np.abs(at.x), np.abs(at.y)) < APERTURE_CM
+    hit = rng.random(len(at.row)) < np.select([inside, window & wide, window, charged], [0.008, 0.985, 0.8, 0.85], 0.98)
     thin = window & (rng.random(len(at.row)) < np.where(wide, 0.01, 0.99))
     missed, at, thin = _pick(at, ~hit), _pick(at, hit), thin[hit]
     n = len(at.row)
@@ -318,7 +318,9 @@ def _scrape(rng, at):
     spray = Arrivals(np.broadcast_to(at.row[:, None], seen.shape)[seen], em[seen], energy[seen], x[seen], y[seen],
                      nothing, nothing)
     rest = _pick(at._replace(energy=at.energy * (1 - lost)), thin)
-    photons = lost * at.energy * np.minimum(HAZE * np.where(charged[hit], 2.5, 1.0) * rng.lognormal(-0.72, 1.2, n), 1.0)
+    spread = np.where(charged[hit], 0.6, 1.5)
+    yields = HAZE * np.where(charged[hit], 3.5, 1.0) * np.exp(spread * rng.standard_normal(n) - spread**2 / 2)
+    photons = lost * at.energy * np.minimum(yields, 1.0)
     haze = Lights(at.row, photons, at.x - at.bend + bend, at.y, np.ones(n), np.full(n, 2))
     return _join([missed, rest, spray]), haze
 
@@ -329,7 +331,7 @@ def _scrape(rng, at):
 # "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters, hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third
 # of its light within +-1 fibre, a 1000-photon neutron has a peak of 30 to 60 and a halo over +-10 fibres [P].
 ELECTROMAGNETIC = ((0.575, 0.16, "exp"), (0.325, 0.42, "exp"), (0.09, 1.3, "tail"), (0.01, 7.0, "exp"))
-HADRONIC = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.0, 9.0, "exp"))   # above 1: neutrons far out add light
+HADRONIC = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.25, 9.0, "exp"))   # above 1: neutrons far out add light
 PIPE_CM = 30.0         # width of the haze; it is made in the beam pipe, so it is as wide at both detectors [C]
 HAZE_PROFILE = ((1.0, PIPE_CM, "exp"),)
 PROFILES = ELECTROMAGNETIC, HADRONIC, HAZE_PROFILE

@@ -30,7 +30,7 @@ LARGEST = 65535  # pixel values above are counted as this one (what a file can h
 BOOTSTRAPS = 1000
 FLOORS = 2  # random pairings that the half-against-half floor averages
 # The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of one class.
-CLASSIFIER = dict(rows=20_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
+CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
 ADAM = optax.adam(CLASSIFIER["learning_rate"])
 
 
@@ -86,6 +86,7 @@ def pixel_counts(responses):
 def summarise(responses, convention="papers"):
     """Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius is the rms
     distance from it; both are 0 for an empty response. UserError on negative or non-finite values."""
+    responses = np.asarray(responses)  # a JAX array would be slow below
     height, width = responses.shape[1:]
     counts = pixel_counts(responses)
     x, y = np.indices((height, width)) - np.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
@@ -382,8 +383,7 @@ def high_level(sample):
 
 def auc_scores(real, generated, particles, seed=0):
     """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples, particles (N, 9).
-    Low level: log1p of the pixels; high level: log1p of the size of high_level, with its sign; both with the
-    particle."""
+    Low level: log1p of the pixels; high level: high_level by sign(f) log1p|f|; both with the particle."""
     rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
     chosen = particles[rows].astype(np.float64)
     condition = standardise(chosen, chosen)
@@ -531,16 +531,17 @@ def print_table(scores, title):
     label = "oracle" if "oracle" in scores["W"] else "floor"
 
     def line(name, cell, note=""):
-        texts = ["-" if cell[key] is None else f"{cell[key]:{form}}" for key, form in
-                 (("value", ".4g"), ("spread", ".2g"), (label, ".4g"), ("R", ".2f"))]
-        print(f"{name:<16}{texts[0]:>11} +- {texts[1]:<9}{texts[2]:>11}{texts[3]:>9}  {note}".rstrip())
+        value, reference, ratio = ("-" if cell[key] is None else f"{cell[key]:{form}}" for key, form in
+                                   (("value", ".4g"), (label, ".4g"), ("R", ".2f")))
+        spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
+        print(f"{name:<16}{value:>11} {spread:<12}{reference:>11}{ratio:>9}  {note}".rstrip())
 
     low, high = scores["fpd_samples"]
     size = scores["kpd_samples"]
     notes = {"FPD": f"samples of {low} to {high} rows" + ("" if high == 50_000 else " (jetnet: 20000 to 50000)"),
              "KPD": f"samples of {size} rows" + ("" if size == 5000 else " (jetnet: 5000)")}
     print(f"{title}: {scores['rows']} rows, {scores['particles']} particles, generations: {scores['generations']}")
-    print(f"{'score':<16}{'value':>11}    {'spread':<9}{label:>11}{'R':>9}  [68 % over particles]")
+    print(f"{'score':<16}{'value':>11} {'spread':<12}{label:>11}{'R':>9}  [68 % over particles]")
     for name in filter(scores.get, SCORES):
         interval = scores[name].get("interval")
         line(name, scores[name], "[{:.4g}, {:.4g}]".format(*interval) if interval else notes.get(name, ""))

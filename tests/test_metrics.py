@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as hnp
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance
 
-import common
 import metrics
 from common import UserError
 

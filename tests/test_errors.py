@@ -1,0 +1,289 @@
+"""Every wrong input ends in one line on stderr that names the file or flag, exit code 2, and nothing written or lost."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+import common
+import data
+import fm
+import metrics
+import tiny
+
+ROOT = Path(__file__).parent.parent
+ROW = [500.0, 0, 0, 0, 0.3, 0.4, 499.99968, 0, 0]                              # a photon of 500 GeV
+NAMES = ",".join(data.FEATURES)
+
+
+def table(**changed):
+    """Three photons (3, 9); a change is made in the last."""
+    rows = np.tile(np.array(ROW), (3, 1))
+    for name, value in changed.items():
+        rows[2, data.FEATURES.index(name)] = value
+    return rows
+
+
+def hdf5(path, **arrays):
+    attributes = {"detector": arrays.pop("detector")} if "detector" in arrays else {}
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            if array is not None:
+                file[name] = array
+        file.attrs.update(attributes)
+
+
+def dataset(path, shape=(44, 44), **changed):
+    hdf5(path, **{"responses": np.ones((3, *shape), np.uint16), "particles": table(), "pdg": np.full(3, 22)} | changed)
+
+
+def pixel(value):
+    return np.where(np.arange(3 * 44 * 44).reshape(3, 44, 44) == 5000, value, 1.0)
+
+
+def checkpoint(path, detector="zn", **changed):
+    """A checkpoint as fm.py writes it, of an untrained network."""
+    args = fm.flags().parse_args(["--detector", detector, "--net", "tiny"])
+    scaler = data.fit_conditions(table(), args.cond)
+    header = {"script": "fm", "detector": detector, "flags": fm.training_flags(args), "scaler": scaler._asdict(), "parameters": 1,
+              "scores": {"train_seconds": 1.0, "step_seconds": 1.0}} | changed
+    common.save_checkpoint(path, {name: value for name, value in header.items() if value is not None},
+                           fm.make_network(args, len(scaler.mean), jax.random.key(0)))
+
+
+def repacked(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder of good and bad files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    file = lambda name: folder / name
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(patch.setattr)
+        checkpoint(file("good.eqx"))
+        checkpoint(file("zp.eqx"), "zp")
+        checkpoint(file("gan.eqx"), script="gan")
+        checkpoint(file("format.eqx"), format="zdc-checkpoint-0")
+        checkpoint(file("state.eqx"), scaler=None, scores=None)                # a training state is not a model
+        checkpoint(file("net.eqx"), flags=fm.training_flags(fm.flags().parse_args(["--net", "compact"])))
+        good = file("good.eqx").read_bytes()
+        for name, damage in {"truncated": good[:-100], "longer": good + b"0", "flipped": good.replace(b'"zn"', b'"zp"'), "empty": b"",
+                             "text": b"hello\n"}.items():
+            file(f"{name}.eqx").write_bytes(damage)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def files(inputs):
+    file = lambda name: inputs / name
+    # particle lists
+    hdf5(file("list.h5"), particles=table())
+    hdf5(file("no-particles.h5"), pdg=np.zeros(3, int))
+    hdf5(file("wide.h5"), particles=np.ones((3, 8)))
+    hdf5(file("flat.h5"), particles=np.ones(9))
+    hdf5(file("scalar.h5"), particles=np.float64(1))
+    hdf5(file("none.h5"), particles=np.ones((0, 9)))
+    hdf5(file("text.h5"), particles=np.full((3, 9), b"1"))
+    hdf5(file("nan.h5"), particles=table(py=np.nan))
+    hdf5(file("mev.h5"), particles=table(px=300.0, py=400.0, pz=499999.68))
+    hdf5(file("negative.h5"), particles=table(E=-500.0))
+    hdf5(file("pz.h5"), particles=table(px=300.0, py=400.0, pz=0.0))
+    hdf5(file("short-pdg.h5"), particles=table(), pdg=np.full(2, 22))
+    hdf5(file("half-pdg.h5"), particles=table(), pdg=np.full(3, 22.5))
+    hdf5(file("infinite-pdg.h5"), particles=table(), pdg=np.full(3, np.inf))
+    with h5py.File(file("group.h5"), "w") as group:
+        group["particles/E"] = np.ones(3)
+    file("not.h5").write_text("hello")
+    repacked_good = file("list.h5").read_bytes()
+    file("cut.h5").write_bytes(repacked_good[:len(repacked_good) // 2])
+    np.savez(file("key.npz"), particles=table())
+    np.savez(file("zero.npz"), np.float64(1))
+    np.savez(file("object.npz"), np.array([ROW, None], dtype=object))
+    np.savez_compressed(file("damaged.npz"), np.random.default_rng(0).random((100, 9)))
+    repacked(file("damaged.npz"), lambda data: data[:300] + bytes([data[300] ^ 255]) + data[301:])
+    file("not.npz").write_text("hello")
+    with open(file("array.npz"), "wb") as array:
+        np.save(array, table())                                                # an npy file under the name of an npz file
+    file("list.csv").write_text(f"{NAMES}\n{','.join(map(str, ROW))}\n")
+    file("empty.csv").write_text("")
+    file("header.csv").write_text(f"{NAMES}\n")
+    file("headless.csv").write_text(f"{','.join(map(str, ROW))}\n")
+    file("word.csv").write_text(f"{NAMES}\n{','.join(map(str, ROW[:-1]))},one\n")
+    file("ragged.csv").write_text(f"{NAMES}\n{','.join(map(str, ROW))}\n1,2\n")
+    file("narrow.csv").write_text(f"{NAMES},pdg\n{','.join(map(str, ROW))}\n")
+    file("binary.csv").write_bytes(bytes(range(256)))
+    # data sets
+    dataset(file("set.h5"))
+    dataset(file("zp.h5"), detector="zp")
+    dataset(file("shape.h5"), shape=(44, 43))
+    dataset(file("flat-responses.h5"), responses=np.ones((3, 1936)))
+    dataset(file("no-responses.h5"), responses=None)
+    dataset(file("rows.h5"), responses=np.ones((2, 44, 44)))
+    dataset(file("below.h5"), responses=pixel(-1))
+    dataset(file("above.h5"), responses=pixel(70_000))
+    dataset(file("nan-pixel.h5"), responses=pixel(np.nan))
+    dataset(file("scaled.h5"), responses=pixel(0.5))
+    dataset(file("complex.h5"), responses=pixel(1j))
+    for name in ("folder", "pair", "pair9"):
+        file(name).mkdir()
+    np.savez(file("pair") / "data_nonrandom_responses.npz", np.ones((3, 44, 44)))
+    np.savez(file("pair9") / "data_nonrandom_responses.npz", np.ones((3, 44, 44)))
+    np.savez(file("pair9") / "data_nonrandom_particles.npz", np.ones((3, 7)))
+    file("plain").write_text("a plain file")
+    return inputs
+
+
+GENERATE = "--load good.eqx --out out.h5 --generate"
+CASES = {   # flags: what the line must name
+    "--detector zx": "--detector",
+    "--n 0": "--n",
+    "--n 1000000000000": "--n",
+    "--n 99999999999999999999": "--n",
+    "--n 1": "--batch-size",
+    "--epochs none": "--epochs",
+    "--epochs 99999999999999999999": "--epochs",
+    "--steps 0": "--steps",
+    "--steps 99999999999999999999": "--steps",
+    "--batch-size 0": "--batch-size",
+    "--batch-size 1": "--batch-size",
+    "--batch-size 100000 --n 50": "--batch-size",
+    "--batch-size 30 --n 30": "--batch-size",
+    "--lr -1": "--lr",
+    "--seed -1": "--seed",
+    "--seed 4294967296": "--seed",
+    "--devices 0": "--devices",
+    "--devices 64 --n 100 --batch-size 64": "--devices",
+    "--exit 1": "--exit",
+    "--ema 1": "--ema",
+    "--clip nan": "--clip",
+    "--net unet": "--net",
+    "--solver heun": "--solver",
+    "--counts poisson": "--counts",
+    "--precision f16": "--precision",
+    "--split half": "--split",
+    "--nonsense": "--nonsense",
+    "extra": "extra",
+    "--generate list.h5": "--out",
+    "--generate list.h5 --out out.h5": "--load",
+    "--load missing.eqx": "missing.eqx",
+    "--load folder": "folder",
+    "--load list.h5": "list.h5",
+    "--load truncated.eqx": "truncated.eqx",
+    "--load longer.eqx": "longer.eqx",
+    "--load flipped.eqx": "flipped.eqx",
+    "--load empty.eqx": "empty.eqx",
+    "--load text.eqx": "text.eqx",
+    "--load format.eqx": "format.eqx",
+    "--load gan.eqx": "gan.eqx",
+    "--load zp.eqx": "zp.eqx",
+    "--load net.eqx": "net.eqx",
+    "--load state.eqx": "state.eqx",
+    "--load good.eqx --detector zp": "good.eqx",
+    "--load truncated.eqx --out out.h5 --generate list.h5": "truncated.eqx",
+    "--load state.eqx --out out.h5 --generate list.h5": "state.eqx",
+    "--load good.eqx --resume": "--resume",
+    "--resume --n 100 --batch-size 8": "state.eqx",
+    "--run plain --n 100 --batch-size 8": "plain",
+    "--load good.eqx --generate list.h5 --out folder": "folder",
+    "--load good.eqx --generate list.h5 --out plain/out.h5": "plain/out.h5",
+    "--load good.eqx --generate list.h5 --out /proc/out.h5": "/proc/out.h5",
+    "--load good.eqx --generate list.h5 --out /dev/null": "/dev/null",
+    **{f"{GENERATE} {name}": name for name in (
+        "missing.h5", "missing.csv", "missing.npz", "folder", "no-particles.h5", "wide.h5", "flat.h5", "scalar.h5", "none.h5", "text.h5",
+        "nan.h5", "mev.h5", "negative.h5", "pz.h5", "short-pdg.h5", "half-pdg.h5", "infinite-pdg.h5", "group.h5", "not.h5", "cut.h5",
+        "key.npz", "zero.npz", "object.npz", "damaged.npz", "not.npz", "array.npz", "empty.csv", "header.csv", "headless.csv", "word.csv",
+        "ragged.csv", "narrow.csv", "binary.csv", "good.eqx")},
+    **{f"--data {name}": name for name in (
+        "missing.h5", "folder", "list.h5", "zp.h5", "shape.h5", "flat-responses.h5", "no-responses.h5", "rows.h5", "below.h5", "above.h5",
+        "nan-pixel.h5", "scaled.h5", "complex.h5", "pair", "pair9", "not.h5", "nan.h5", "plain")},
+    "--data set.h5 --detector zp": "set.h5",
+    "--data set.h5": "--batch-size",
+}
+
+
+def snapshot(folder):
+    """Every file of a folder with its bytes; the data sets that were simulated on the way are not in it."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_one_line(code, out, error, name, before, folder):
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert name in error and "Traceback" not in out
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["", "existing"])
+@pytest.mark.parametrize("flags, name", CASES.items(), ids=[flags.replace(" ", "_").replace("/", "|") for flags in CASES])
+def test_bad_input_of_fm(flags, name, existing, files, monkeypatch, capfd):
+    if existing and "out.h5" not in flags:
+        pytest.skip("writes no file")
+    monkeypatch.chdir(files)
+    if existing:
+        Path("out.h5").write_text("an old file")
+    before = snapshot(files)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: fm.main(["--quiet", "--net", "tiny", *flags.split()] if "--net" not in flags else flags.split()))
+    assert_one_line(stop.value.code, *capfd.readouterr(), name, before, files)
+    Path("out.h5").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("main, flags, name", [
+    (metrics.main, "set.h5", "generated"),
+    (metrics.main, "set.h5 missing.h5", "missing.h5"),
+    (metrics.main, "set.h5 shape.h5", "shape.h5"),
+    (metrics.main, "set.h5 set.h5 --convention o3", "--convention"),
+    (metrics.main, "set.h5 set.h5 --oracle nan-pixel.h5", "nan-pixel.h5"),
+    (metrics.main, "set.h5 set.h5 --detector zp", "set.h5"),
+    (metrics.main, "set.h5 set.h5 --no-classifier --json folder", "folder"),
+    (data.main, "--n many", "--n"),
+    (data.main, "--detector both", "--detector"),
+    (data.main, "--n 5 --out folder", "folder"),
+    (data.main, "--n 5 --out plain/zn.h5", "plain/zn.h5"),
+])
+def test_bad_input_of_the_others(main, flags, name, files, monkeypatch, capfd):
+    monkeypatch.chdir(files)
+    before = snapshot(files)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: main(flags.split()))
+    out, error = capfd.readouterr()
+    assert_one_line(stop.value.code, out, error.splitlines(True)[-1] if "simulating" in error else error, name, before, files)
+
+
+@pytest.mark.parametrize("command, name", [
+    ("fm.py --load missing.eqx", "missing.eqx"),
+    ("metrics.py set.h5 cut.h5 --json scores.json", "cut.h5"),
+    ("data.py --n 0 --out zn.h5", "--n"),
+])
+def test_as_a_command(command, name, files):
+    script, *flags = command.split()
+    before = snapshot(files)
+    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=files, text=True, capture_output=True)
+    assert_one_line(done.returncode, done.stdout, done.stderr, name, before, files)
+
+
+def test_cache_that_cannot_be_written(files, monkeypatch, capfd):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("ZDC_CACHE", "plain")
+    before = snapshot(files)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: fm.main("--quiet --net tiny --n 33 --batch-size 8 --run run".split()))
+    assert_one_line(stop.value.code, *capfd.readouterr(), "plain", before, files)
+
+
+def test_a_damaged_cache_is_named(files, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("ZDC_CACHE", str(tmp_path))
+    data.open_data("zn", 40, quiet=True)
+    [path] = tmp_path.glob("*.h5")
+    repacked(path, lambda data: data[:-1000])
+    before = snapshot(files)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: fm.main("--quiet --net tiny --n 40 --batch-size 8 --run run".split()))
+    assert_one_line(stop.value.code, *capfd.readouterr(), path.name, before, files)

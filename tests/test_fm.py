@@ -1,0 +1,518 @@
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import equinox as eqx
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy.stats import chisquare, logistic
+
+import common
+import data
+import fm
+import metrics
+import tiny
+from common import UserError
+
+SHAPES = {name: detector.shape for name, detector in data.DETECTORS.items()}
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shrunk():
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.open_data("zn", 700, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, metrics.json as a dict) of one short run."""
+    folder = tmp_path_factory.mktemp("fm") / "run"
+    return folder, fm.main([*tiny.FLAGS, "--run", str(folder), "--sweep"])
+
+
+def arguments(*flags):
+    return fm.flags().parse_args([*tiny.FLAGS, *map(str, flags)])
+
+
+def run(dataset, folder, *flags):
+    """Train on the data set; the averaged network."""
+    args = arguments("--run", folder, *flags)
+    rows = data.split_rows(len(dataset.pdg), 0)[0]
+    return fm.train(args, dataset, rows, data.fit_conditions(dataset.particles[rows], args.cond))[0]
+
+
+def losses(folder):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in common.read_log(folder)]
+
+
+def assert_equal_bits(a, b):
+    for x, y in zip(jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# -------------------------------------------------------------------------------------------------------------- solvers
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_order_of_convergence(solver, order):
+    error = [abs(fm.integrate(lambda x, t: -x, np.float64(1), 2.0, steps, solver) - math.exp(-2)) for steps in (32, 64)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("solver, degree", [("euler", 0), ("midpoint", 1), ("rk4", 3)])
+def test_times_of_the_stages(solver, degree):
+    """dx/dt = t^p is a quadrature: exact up to the degree of the rule, and only if each stage is asked at its own time."""
+    for p in range(degree + 2):
+        error = fm.integrate(lambda x, t: t**p, np.float64(0), 0.6, 3, solver) - 0.6 ** (p + 1) / (p + 1)
+        assert (abs(error) < 1e-12) == (p <= degree)
+
+
+@pytest.mark.parametrize("solver", fm.SOLVERS)
+@pytest.mark.parametrize("steps", [1, 3, 11])
+def test_straight_lines_are_exact(solver, steps):
+    x0, x1 = np.random.default_rng(0).normal(size=(2, 44, 44)).astype(np.float32)
+    v = lambda x, t: fm.velocity(jnp.stack([x1, 0 * x1]), x, t)
+    for end in (0.6, 1.0):
+        np.testing.assert_allclose(fm.integrate(v, x0, end, steps, solver), (1 - end) * x0 + end * x1, atol=2e-5)
+
+
+@pytest.mark.parametrize("end", [0.6, 1.0])
+def test_flow_of_a_gaussian(end):
+    """For x_1 ~ N(m, s^2) the denoised response is linear in x_t, and the flow maps x_0 to x_t of the right mean and spread."""
+    m, s = 1.7, 0.3
+
+    def v(x, t):
+        slope = t * s**2 / ((1 - t) ** 2 + t**2 * s**2)                        # E[x_1 | x_t] = m + slope (x_t - t m)
+        if t < 0.95:
+            return fm.velocity(jnp.stack([jnp.full_like(x, m - slope * t * m), jnp.full_like(x, slope)]), x, t)
+        return m + (t * s**2 - 1 + t) / ((1 - t) ** 2 + t**2 * s**2) * (x - t * m)
+    x0 = jax.random.normal(KEY, (100, 100))
+    spread = math.hypot(1 - end, end * s)
+    x = fm.integrate(v, x0, end, 32, "rk4")
+    np.testing.assert_allclose(x, end * m + spread * x0, atol=2e-3)
+    assert float(x.mean()) == pytest.approx(end * m, abs=0.05) and float(x.std()) == pytest.approx(spread, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+
+@pytest.mark.parametrize("how", ["round", "floor"])
+def test_counts_survive_the_state(how):
+    counts = jnp.concatenate([jnp.arange(3000.0), jnp.array([10_000.0, 30_000.0])])
+    np.testing.assert_array_equal(fm.to_counts(fm.to_state(counts, how, KEY), how), counts)
+    assert (fm.to_counts(jnp.array([-3.0, -1e-3, 0.0]), how) == 0).all()
+
+
+def test_state_of_sampled_counts_has_no_noise():
+    counts = jnp.arange(100.0)
+    np.testing.assert_allclose(fm.to_state(counts, "sample", KEY), 2 * np.sqrt(np.arange(100)), rtol=1e-6)
+
+
+def test_velocity_from_an_exact_response():
+    x0, x1 = np.random.default_rng(1).normal(size=(2, 5, 4))
+    for t in (0.0, 0.3, 0.94):
+        x = (1 - t) * x0 + t * x1
+        for maps in ([x1, 0 * x], [x1 - 0.5 * x, 0 * x + 0.5], [x1, 0 * x, x, x, x]):
+            np.testing.assert_allclose(fm.velocity(jnp.stack(maps), x, t), x1 - x0, atol=2e-5)
+    for maps in ([x0], [x0, x, x, x]):                                         # the paper's network gives it directly
+        np.testing.assert_array_equal(fm.velocity(jnp.stack(maps), x, t), jnp.asarray(x0))
+
+
+def test_path_loss_is_zero_for_the_right_velocity():
+    counts, key = jnp.asarray(np.random.default_rng(2).poisson(0.5, (44, 44)), jnp.float32), jax.random.key(3)
+    x1 = fm.to_state(counts, "sample", key)
+    exact = lambda x, t, c: jnp.stack([x1, 0 * x, x, x, x])
+    loss, maps, x = fm.path_loss(exact, counts, 0.4, None, "sample", key)
+    assert loss < 1e-10 and maps.shape == (5, 44, 44)
+    np.testing.assert_allclose((x - 0.4 * x1).std(), 0.6, rtol=0.05)
+    wrong = lambda x, t, c: jnp.stack([x1 + 0.6, 0 * x, x, x, x])
+    assert fm.path_loss(wrong, counts, 0.4, None, "sample", key)[0] == pytest.approx(1, rel=1e-5)
+
+
+def probabilities(counts, location, scale):
+    return np.exp(-np.asarray(fm.count_loss(jnp.asarray(counts, jnp.float32), location, scale), np.float64))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-5, 40), st.floats(-4, 3))
+def test_probabilities_sum_to_one(location, log_scale):
+    counts = np.arange(40_001)
+    assert probabilities(counts, np.float32(location), np.float32(np.exp(log_scale))).sum() == pytest.approx(1, abs=2e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-3, 20), st.floats(-2, 2))
+def test_count_loss_by_brute_force(location, log_scale):
+    counts, scale = np.arange(200), np.exp(log_scale)
+    edges = logistic.cdf(2 * np.sqrt(np.arange(201) - 0.5, where=np.arange(201) > 0, out=np.zeros(201)), location, scale)
+    expected = np.diff(edges)
+    expected[0] = edges[1]                                                     # everything below counts as no photon
+    found = probabilities(counts, np.float32(location), np.float32(scale))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-9)
+
+
+def test_count_loss_stays_finite():
+    counts, location, scale = jnp.meshgrid(jnp.array([0.0, 1, 7, 65535]), jnp.array([-1e3, 0, 30, 1e3]), jnp.exp(jnp.array([-4.0, 0, 3])))
+    value, gradient = jax.value_and_grad(lambda a, b: fm.count_loss(counts, a, b).mean(), (0, 1))(location, scale)
+    assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in gradient)
+
+
+@pytest.mark.parametrize("location, scale", [(0.3, 0.5), (-2.0, 1.5), (6.0, 0.4)])
+def test_draws_follow_the_loss(location, scale):
+    draws = np.asarray(fm.draw_counts(jnp.full(100_000, location), jnp.full(100_000, scale), jax.random.key(7))).astype(int)
+    expected = len(draws) * probabilities(np.arange(draws.max() + 1), location, scale)
+    often = expected >= 20
+    found = np.append(np.bincount(draws)[often], np.bincount(draws)[~often].sum())
+    expected = np.append(expected[often], len(draws) - expected[often].sum())
+    assert chisquare(found, expected).pvalue > 1e-3
+
+
+def test_batch_halves():
+    """With sampled counts half of the batch trains the path, at times spread over 0 .. exit, the other half the counts at exit."""
+    times = []
+
+    def net(x, t, c):
+        jax.debug.callback(lambda t: times.append(float(t)), t)
+        return jnp.zeros((5, *x.shape))
+    counts, c = np.zeros((16, 44, 44), np.uint16), np.zeros((16, 13), np.float32)
+    total, parts = fm.batch_loss(net, counts, c, KEY, arguments("--exit", "0.5"))
+    jax.effects_barrier()
+    times = np.sort(times)
+    assert (times[:8] < 0.5).all() and (times[8:] == 0.5).all() and (np.floor(times[:8] * 16) == np.arange(8)).all()
+    assert total == pytest.approx(float(parts["path"] + 10 * parts["nats per fibre"]))
+    assert parts["nats per fibre"] == pytest.approx(math.log1p(math.exp(-math.sqrt(2))), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+def test_sizes_of_the_networks():
+    assert common.count_parameters(fm.NETWORKS["paper"](SHAPES["zn"], 9, 1, KEY)) == 77_372
+    for shape in SHAPES.values():
+        assert common.count_parameters(fm.NETWORKS["compact"](shape, 13, 5, KEY)) <= 100_000
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (5, 9)])
+def test_patches(shape):
+    x = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+    patches = fm.to_patches(x, 4)
+    assert patches.shape == (-(-shape[0] // 4) * -(-shape[1] // 4), 16)
+    np.testing.assert_array_equal(patches[0].reshape(4, 4), x[:4, :4])
+    np.testing.assert_array_equal(fm.from_patches(patches, 4, shape), x[None])
+    both = jnp.stack([patches, -patches], axis=-1).reshape(len(patches), -1)   # (P, 16 * 2), maps innermost
+    np.testing.assert_array_equal(fm.from_patches(both, 4, shape), jnp.stack([x, -x]))
+
+
+@pytest.mark.parametrize("detector", SHAPES)
+def test_every_variant_has_its_shapes(detector):
+    """Traced, not compiled: each network, way to counts and solver."""
+    shape = SHAPES[detector]
+    batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 13), np.float32), KEY
+    for name in ("paper", "compact", "dense"):
+        for counts in ("sample", "round", "floor"):
+            args = arguments("--detector", detector, "--net", name, "--counts", counts)
+            net = fm.make_network(args, 13, KEY)
+            maps = eqx.filter_eval_shape(net, jnp.zeros(shape), 0.5, jnp.zeros(13))
+            assert maps.shape == ((1 if name == "paper" else 2) + 3 * (counts == "sample"), *shape)
+            loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, args), net)
+            assert loss.shape == () and len(parts) == 1 + (counts == "sample")
+            for solver in fm.SOLVERS if name == "compact" else ["euler"]:
+                responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], fm.with_flags(args, solver=solver)), net)
+                assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
+
+
+@pytest.mark.parametrize("solver", fm.SOLVERS)
+@pytest.mark.parametrize("counts", ["sample", "round"])
+def test_evaluations(solver, counts):
+    args, calls = arguments("--solver", solver, "--counts", counts, "--steps", "3"), []
+
+    def net(x, t, c):
+        calls.append(t)
+        return jnp.zeros((2 + 3 * (counts == "sample"), *x.shape))
+    fm.sample(net, np.zeros((2, 13), np.float32), KEY, args)
+    assert len(calls) == fm.evaluations(args)
+
+
+def test_largest_count_fits():
+    net = lambda x, t, c: jnp.stack([jnp.full_like(x, 1e4), 0 * x])
+    for counts in ("round", "floor"):
+        assert (fm.sample(net, np.zeros((2, 13), np.float32), KEY, arguments("--counts", counts)) == 65535).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+def test_a_step_compiles_once(dataset, tmp_path, monkeypatch):
+    traces, loss = [], fm.batch_loss
+    monkeypatch.setattr(fm, "batch_loss", lambda *args: traces.append(1) or loss(*args))
+    run(dataset, tmp_path, "--epochs", 3)
+    assert len(traces) == 1 and losses(tmp_path)[-1]["step"] == 3 * (490 // 64)
+
+
+def test_the_sampler_compiles_once(dataset, monkeypatch):
+    traces, draw = [], fm.sample
+    monkeypatch.setattr(fm, "sample", lambda *args: traces.append(1) or draw(*args))
+    scaler = data.fit_conditions(dataset.particles, "physics")
+    generate = fm.generator(arguments(), fm.make_network(arguments(), 13, KEY), scaler)
+    responses = generate(dataset.particles[:150], 0)                           # 150 = 2 blocks and a short one
+    assert len(traces) == 1 and responses.shape == (150, 44, 44)
+    np.testing.assert_array_equal(generate(dataset.particles[:130], 0), responses[:130])
+    assert not np.array_equal(generate(dataset.particles[:130], 1), responses[:130])
+    assert not np.array_equal(generate(dataset.particles[[0] * 128], 0)[:64], generate(dataset.particles[[0] * 128], 0)[64:])
+
+
+def test_training_lowers_the_loss(dataset, tmp_path):
+    run(dataset, tmp_path, "--epochs", 8, "--batch-size", 16)
+    first, *_, last = losses(tmp_path)
+    assert last["path"] < first["path"] and last["nats per fibre"] < first["nats per fibre"]
+
+
+def test_same_seed_same_run(dataset, trained, tmp_path):
+    folder, first = trained
+    second = fm.main([*tiny.FLAGS, "--run", str(tmp_path)])
+    assert (second["seen"], second["unseen"]) == (first["seen"], first["unseen"])
+    assert losses(folder) == losses(tmp_path)
+    (folder / "model.eqx").read_bytes().partition(b"\n")[2] == (tmp_path / "model.eqx").read_bytes().partition(b"\n")[2]
+    run(dataset, tmp_path / "other", "--seed", 1)
+    assert losses(tmp_path / "other") != losses(tmp_path)
+
+
+def test_two_devices(dataset, tmp_path):
+    one, two = (run(dataset, tmp_path / str(devices), "--devices", devices, "--epochs", 2) for devices in (1, 2))
+    for a, b in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(eqx.filter(one, eqx.is_array)), jax.tree.leaves(eqx.filter(two, eqx.is_array))):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_bf16(dataset, tmp_path):
+    net = run(dataset, tmp_path / "bf16", "--precision", "bf16")
+    run(dataset, tmp_path / "f32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(net, eqx.is_array))} == {jnp.dtype("float32")}
+    assert losses(tmp_path / "bf16")[-1] == pytest.approx(losses(tmp_path / "f32")[-1], rel=0.05)
+
+
+class Cut(Exception):
+    pass
+
+
+def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(fm, "time", tiny.clock())
+    flags = "--batch-size", 16, "--epochs", 7                                  # 7 x 30 steps, a log line every 50
+    whole = run(dataset, tmp_path / "whole", *flags)
+    log = common.log_line
+
+    def cut(folder, record):
+        log(folder, record)
+        if record["step"] == 150:                                              # the state of step 100 is the last one saved
+            raise Cut
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(common, "log_line", cut)
+        run(dataset, tmp_path / "cut", *flags)
+    assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] == 100
+    assert [record["step"] for record in common.read_log(tmp_path / "cut")] == [50, 100, 150]
+    resumed = run(dataset, tmp_path / "cut", *flags, "--resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
+    assert_equal_bits(resumed, whole)
+    assert_equal_bits(run(dataset, tmp_path / "cut", *flags, "--resume"), whole)   # nothing is left to do
+
+    with pytest.raises(UserError, match="state.eqx: --resume needs the flags of the first run; different: lr, ema"):
+        run(dataset, tmp_path / "cut", *flags, "--resume", "--lr", "0.1", "--ema", "0.5")
+    short = data.Dataset(*(field[:600] for field in dataset))
+    with pytest.raises(UserError, match="rows of the data"):
+        run(short, tmp_path / "cut", *flags, "--resume")
+    assert_equal_bits(run(dataset, tmp_path / "cut", *flags, "--resume"), whole)
+
+
+def test_nan_stops_the_run(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fm, "time", tiny.clock())
+    loss = fm.batch_loss
+
+    def poisoned(net, counts, c, key, args):
+        value, parts = loss(net, counts, c, key, args)
+        bad = jnp.isnan(c).any()
+        return jnp.where(bad, jnp.nan, value), {name: jnp.where(bad, jnp.nan, part) for name, part in parts.items()}
+    monkeypatch.setattr(fm, "batch_loss", poisoned)
+    batches, served = common.shard_batch, []
+
+    def serve(batch, mesh):
+        served.append(1)
+        return batches((batch[0], batch[1] * (np.nan if len(served) > 60 else 1)), mesh)
+    monkeypatch.setattr(common, "shard_batch", serve)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: run(dataset, tmp_path, "--batch-size", 16, "--epochs", 4))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ") and "step 100" in error and str(tmp_path / "state.eqx") in error
+    _, state = common.load_checkpoint(tmp_path / "state.eqx", like=fresh_state(tmp_path), script="fm")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array)))
+    assert [record["step"] for record in common.read_log(tmp_path)] == [50]
+
+
+def fresh_state(folder):
+    args = arguments("--batch-size", 16, "--epochs", 4, "--run", folder)
+    net = fm.make_network(args, 13, KEY)
+    return fm.State(net, net, fm.make_optimiser(args, 120).init(eqx.filter(net, eqx.is_inexact_array)))
+
+
+def test_nan_before_the_first_checkpoint(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(fm, "batch_loss", lambda net, *rest: (jnp.nan * sum(map(jnp.sum, jax.tree.leaves(eqx.filter(net, eqx.is_array)))),
+                                                              {"path": jnp.float32(jnp.nan)}))
+    with pytest.raises(UserError, match="loss is nan at step 7, last good checkpoint: none"):
+        run(dataset, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- whole runs
+
+def test_what_a_run_leaves(trained):
+    folder, result = trained
+    assert {path.name for path in folder.iterdir()} == {"model.eqx", "state.eqx", "log.jsonl", "metrics.json", "samples.png",
+                                                        "channels.png", "training.png", "sweep.png"}
+    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert {"script", "detector", "command", "versions", "device", "rows", "parameters", "train_seconds", "step_seconds",
+            "ms_per_response", "seen", "unseen"} <= result.keys()
+    assert result["rows"] == {"train": 490, "seen": 140, "unseen": 140}
+    for part in ("seen", "unseen"):
+        assert set(metrics.SCORES) <= result[part].keys() and {"value", "spread", "oracle", "R"} <= result[part]["W"].keys()
+    assert [point["steps"] for point in result["sweep"]] == [1, 2, 4, 8, 11, 16, 32]
+    header = common.read_header(folder / "model.eqx")
+    assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 13)
+    assert header["parameters"] == result["parameters"]
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    folder, result = trained
+    weights = folder / "model.eqx"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    again = fm.main([*tiny.FLAGS, "--net", "dense", "--load", str(weights), "--run", str(tmp_path)])
+    assert (again["seen"], again["unseen"]) == (result["seen"], result["unseen"])
+    assert again["flags"] == result["flags"] and again["train_seconds"] == result["train_seconds"]
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    more = fm.main([*tiny.FLAGS[2:], "--load", str(weights), "--run", str(tmp_path), "--steps", "3"])
+    assert more["seen"]["W"]["value"] != result["seen"]["W"]["value"]
+
+
+def test_a_loaded_model_meets_its_own_test_rows(trained, tmp_path):
+    """With the rows, seed and split it was trained with, whatever the command says: other ones would score training rows."""
+    folder, result = trained
+    again = fm.main(["--load", str(folder / "model.eqx"), "--steps", "2", "--quiet", "--run", str(tmp_path)])
+    assert again["rows"] == result["rows"] and again["seen"] == result["seen"]
+
+
+def test_scoring_keeps_the_model_of_the_run(trained, tmp_path):
+    common.write_json(tmp_path / "model.eqx", "another model")
+    fm.main([*tiny.FLAGS, "--load", str(trained[0] / "model.eqx"), "--run", str(tmp_path)])
+    assert (tmp_path / "model.eqx").read_text() == '"another model"\n'
+
+
+# Each pair of network, counts and solver occurs once; the first flag is the detector.
+@pytest.mark.parametrize("flags", [
+    "zn --net paper --counts round --solver euler", "zp --net paper --counts floor --solver midpoint", "zn --net paper --counts sample --solver rk4",
+    "zp --net compact --counts round --solver midpoint", "zn --net compact --counts floor --solver rk4", "zp --net compact --counts sample --solver euler",
+    "zn --net dense --counts round --solver rk4", "zp --net dense --counts floor --solver euler", "zn --net dense --counts sample --solver midpoint",
+    "zp --net tiny --split particles --schedule cosine", "zn --net tiny --cond raw --precision bf16"])
+def test_every_kind_of_run(flags, tmp_path):
+    result = fm.main([*tiny.FLAGS, "--steps", "1", "--run", str(tmp_path), "--detector", *flags.split()])
+    part = "unseen" if "particles" in flags else "seen"
+    assert result[part]["W"]["value"] > 0 and result[part]["W"]["oracle"] > 0
+    assert (result["seen"] is None) == ("particles" in flags)
+    assert len(common.read_header(tmp_path / "model.eqx")["scaler"]["mean"]) == (9 if "raw" in flags else 13)
+    assert {"model.eqx", "metrics.json", "samples.png", "channels.png", "training.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_few_rows(tmp_path):
+    result = fm.main([*tiny.FLAGS, "--n", "12", "--batch-size", "2", "--run", str(tmp_path)])
+    assert result["rows"] == {"train": 8, "seen": 3, "unseen": 3} and result["seen"]["FPD"]["value"] is None
+
+
+@pytest.mark.parametrize("kind", ["HDF5", "npz"])
+def test_own_data(kind, dataset, tmp_path):
+    path = tmp_path / "own.h5"
+    if kind == "HDF5":
+        data.save(path, dataset, detector="zn")
+    else:
+        path = tmp_path / "own"
+        path.mkdir()
+        np.savez(path / "data_nonrandom_responses.npz", dataset.responses.astype(np.float64))
+        np.savez(path / "data_nonrandom_particles.npz", np.column_stack([dataset.particles, dataset.pdg]))
+    result = fm.main([*tiny.FLAGS, "--data", str(path), "--run", str(tmp_path / "run")])
+    assert result["rows"] == {"train": 490, "seen": 140} and result["unseen"] is None
+    assert result["seen"]["W"]["R"] is None and "oracle" not in result["seen"]["W"] and result["seen"]["W"]["value"] > 0
+    assert losses(tmp_path / "run")[-1]["step"] == 7
+
+
+def test_compare(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fm, "NETWORKS", {"tiny": fm.NETWORKS["tiny"]})
+    result = fm.main(["--compare", "--batch-size", "4", "--steps", "2", "--run", str(tmp_path)])
+    assert [row["net"] for row in result["networks"]] == ["tiny"] and len(capsys.readouterr().out.splitlines()) == 2
+    assert json.loads((tmp_path / "compare.json").read_text()) == common.plain(result)
+
+
+# ------------------------------------------------------------------------------------------------------------ generating
+
+@pytest.fixture
+def job(trained, dataset, tmp_path):
+    """generate(name of the list, ...) -> the written file as a dict of arrays; 300 particles in each kind of list."""
+    particles, pdg = dataset.particles[:300], dataset.pdg[:300]
+    with h5py.File(tmp_path / "list.h5", "w") as file:
+        file["particles"], file["pdg"] = particles, pdg
+    np.savez(tmp_path / "list.npz", np.column_stack([particles, pdg]))
+    names = ["pdg", *reversed(data.FEATURES)]
+    np.savetxt(tmp_path / "list.csv", np.column_stack([pdg, particles[:, ::-1]]), fmt="%.9g", delimiter=",", header=",".join(names), comments="")
+
+    def generate(kind="h5", *flags):
+        out = tmp_path / "out.h5"
+        result = fm.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / f"list.{kind}"), "--out", str(out),
+                          "--steps", "2", "--quiet", *flags])
+        assert result == {"rows": 300, "out": str(out)}
+        with h5py.File(out) as file:
+            assert dict(file.attrs) == {"detector": "zn", "script": "fm", "checkpoint": str(trained[0] / "model.eqx")}
+            return {name: file[name][:] for name in file}
+    return SimpleNamespace(generate=generate, out=tmp_path / "out.h5", particles=particles, pdg=pdg, folder=tmp_path)
+
+
+def test_generated_files(job):
+    found = {kind: job.generate(kind) for kind in ("h5", "npz", "csv")}
+    for arrays in found.values():
+        assert arrays["responses"].dtype == np.uint16 and arrays["responses"].shape == (300, 44, 44)
+        np.testing.assert_array_equal(arrays["channels"], metrics.channels(arrays["responses"]))
+        np.testing.assert_array_equal(arrays["particles"], job.particles)
+        np.testing.assert_array_equal(arrays["pdg"], job.pdg)
+        np.testing.assert_array_equal(arrays["responses"], found["h5"]["responses"])
+    assert not np.array_equal(job.generate("h5", "--seed", "1")["responses"], found["h5"]["responses"])
+    loaded = data.load(job.out, "zn")                                          # metrics.py reads it
+    assert len(loaded.pdg) == 300 and loaded.responses.any()
+
+
+def test_generating_streams(job, monkeypatch):
+    monkeypatch.setattr(fm, "BLOCK", 4)
+    sizes, channels = [], metrics.channels
+    monkeypatch.setattr(metrics, "channels", lambda responses: sizes.append(len(responses)) or channels(responses))
+    assert len(job.generate()["responses"]) == 300 and sizes == [128, 128, 44]
+
+
+@pytest.mark.parametrize("existing", [None, b"an old file"])
+@pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
+def test_nothing_half_written(job, monkeypatch, existing, error):
+    monkeypatch.setattr(fm, "BLOCK", 4)
+    if existing:
+        job.out.write_bytes(existing)
+    before, calls, channels = {path.name for path in job.folder.iterdir()}, [], metrics.channels
+
+    def fail(responses):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("stop")
+        return channels(responses)
+    monkeypatch.setattr(metrics, "channels", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        job.generate()
+    assert {path.name for path in job.folder.iterdir()} == before and (not existing or job.out.read_bytes() == existing)

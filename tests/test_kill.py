@@ -1,0 +1,91 @@
+"""kill -9 in the middle of a run or of a file that is being written."""
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+import data
+import fm
+import tiny
+
+CHILD = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent.parent)!r}, {str(Path(__file__).parent)!r}]
+import common, fm, metrics, time, tiny
+tiny.shrink()
+{{patches}}
+common.run(fm.main)
+"""
+
+
+def start(folder, patches, flags):
+    code = CHILD.format(patches=patches)
+    return subprocess.Popen([sys.executable, "-c", code, *tiny.FLAGS, *flags], cwd=folder, text=True, stdout=subprocess.PIPE)
+
+
+def kill_when(child, ready):
+    """SIGKILL the child once `ready()`; it must not have come to its end before."""
+    limit = time.time() + 120
+    while not ready():
+        assert child.poll() is None and time.time() < limit
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+def losses(folder):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in common.read_log(folder)]
+
+
+def leaves(path):
+    return path.read_bytes().partition(b"\n")[2]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    tiny.shrink(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_killed_run_resumes(tmp_path, monkeypatch):
+    flags = ["--batch-size", "16", "--epochs", "9"]                            # 270 steps, a log line and a state every 50
+    log = tmp_path / "cut" / "log.jsonl"
+    child = start(tmp_path, "fm.time = tiny.clock(pause=0.3)", [*flags, "--run", "cut"])
+    kill_when(child, lambda: log.exists() and log.read_text().count("\n") >= 3)
+    assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] in (50, 100, 150)
+    with open(log, "a") as file:
+        file.write('{"step": 151, "pa')                                        # as a kill in the middle of a line leaves it
+    fm.main([*tiny.FLAGS, *flags, "--run", "cut", "--resume"])
+    fm.main([*tiny.FLAGS, *flags, "--run", "whole"])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
+    for name in ("model.eqx", "state.eqx"):
+        assert leaves(tmp_path / "cut" / name) == leaves(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("existing", [None, b"an old file"])
+def test_killed_generation(tmp_path, existing):
+    args, out = fm.flags().parse_args(tiny.FLAGS), tmp_path / "out.h5"
+    dataset = data.open_data("zn", 700, quiet=True)
+    data.save(tmp_path / "list.h5", dataset)
+    scaler = data.fit_conditions(dataset.particles, args.cond)
+    common.save_checkpoint(tmp_path / "model.eqx", {"script": "fm", "detector": "zn", "flags": fm.training_flags(args),
+                                                    "scaler": scaler._asdict()}, fm.make_network(args, 13, fm.jax.random.key(0)))
+    if existing:
+        out.write_bytes(existing)
+    # two blocks are in the file when it is killed
+    child = start(tmp_path, "fm.BLOCK = 4\nchannels = metrics.channels\n"
+                  "metrics.channels = lambda r: print('block', flush=True) or time.sleep(0.2) or channels(r)",
+                  "--load model.eqx --generate list.h5 --out out.h5".split())
+    for _ in range(3):
+        assert child.stdout.readline() == "block\n"
+    [part] = tmp_path.glob(".out.*")
+    kill_when(child, lambda: True)
+    assert part.exists() and (out.read_bytes() == existing if existing else not out.exists())
+    fm.main("--load model.eqx --generate list.h5 --out out.h5 --steps 2 --quiet".split())
+    assert np.array_equal(data.load(out, "zn").particles, dataset.particles)

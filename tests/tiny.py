@@ -1,0 +1,30 @@
+"""Makes the runs of tests small: a network of a few thousand weights, one generation, one timing, a token classifier."""
+import itertools
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import common
+import fm
+import metrics
+
+FLAGS = ["--net", "tiny", "--n", "700", "--epochs", "1", "--batch-size", "64", "--steps", "2", "--quiet"]
+
+
+def shrink(put=setattr):
+    """`put` is setattr or a monkeypatch's."""
+    put(fm, "NETWORKS", fm.NETWORKS | {"tiny": partial(fm.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)})
+    put(fm, "GENERATIONS", 1)
+    put(fm, "BLOCK", 64)
+    put(common, "time_sampler", partial(common.time_sampler, sizes=(64,), repeats=1))
+    put(metrics, "CLASSIFIER", metrics.CLASSIFIER | dict(rows=60, epochs=1, batch=20, trainings=1))
+
+
+def clock(pause=0.0):
+    """Stands in for the module time inside fm.py: each look at it comes 61 s after the last, so that every log line saves."""
+    ticks = itertools.count(0, 61)
+
+    def perf_counter():
+        time.sleep(pause)
+        return float(next(ticks))
+    return SimpleNamespace(perf_counter=perf_counter)
