@@ -489,10 +489,9 @@ def generate_dataset(name, n, seed=0, fresh=False, quiet=False):
 
 def save(path, dataset, **attributes):
     """Write `dataset` as HDF5 (responses, particles, pdg; gzip), whole or not at all."""
-    with common.write_atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for field in dataset._fields:
-            file.create_dataset(field, data=getattr(dataset, field), compression="gzip", compression_opts=1, shuffle=True)
-        file.attrs.update(cut=CUT, version=VERSION, **attributes)
+    starts = range(0, len(dataset.pdg), 8192)
+    blocks = ({name: array[start:start + 8192] for name, array in dataset._asdict().items()} for start in starts)
+    save_blocks(path, len(dataset.pdg), blocks, cut=CUT, version=VERSION, **attributes)
 
 
 def save_blocks(path, total, blocks, **attributes):
@@ -739,3 +738,185 @@ def batches(rows, size, rng):
     """Index arrays (size,) that visit `rows` once in random order; the last short batch is dropped."""
     order = rng.permutation(rows)
     return order[:len(order) // size * size].reshape(-1, size)
+
+
+# ------------------------------------------------------------------------------------- the check against published figures
+
+RUNS_BEFORE_CUT = 511_810   # [P]
+# The published rows with their photon sums in ZN and ZP: pdg, E, px, py, pz in GeV, ZN, ZP [P]
+EXAMPLES = (
+    (22, 513.318, 0.035456, -0.051821, -513.318, 291, 0),
+    (22, 1304.34, -0.509192, 0.461106, 1304.34, 8, 9),
+    (22, 1014.72, -0.335473, 0.256277, 1014.72, 130, 0),
+    (-211, 325.158, 0.269915, -0.081921, 325.157, 0, 5),
+    (2112, 3192.38, 0.022422, -0.182957, -3192.38, 1256, 16),
+    (2212, 3961.55, -0.076487, 0.179845, 3961.55, 55, 1195),
+    (310, 2770.10, 0.305187, 0.412760, -2770.10, 1122, 23),
+    (2212, 3195.12, 0.560528, -0.149980, 3195.11, 230, 78),
+    (2112, 1714.07, 0.457768, 0.145639, -1714.07, 655, 34),
+    (3122, 4071.23, 0.089305, 0.069410, -4071.23, 34, 1246),
+    (3122, 4003.60, 0.769178, -0.276743, 4003.60, 1419, 36),
+)
+PUBLISHED = {   # [P]
+    "zn": {"unique": 1805, "quartiles": (12, 111, 510), "lit": 3.90, "peak": 591, "median": 234, "MAE": 16.41, "RMSE": 59.87, "W": 0.53,
+           "shares": {22: 60.83, 2112: 23.34, 2212: 5.30, 3122: 3.08, 310: 2.09, 130: 1.79, 211: 1.30},
+           "hits": {22: 45, 2112: 78, 3122: 46, 310: 21, 3222: 0}, "diversity": {22: 0.10, 2112: 0.30, 3122: 0.48, 310: 0.47, 3222: 0.58},
+           "after": {"E mean": 1366.7, "E std": 1259.8, "vz std": 0.0245, "px std": 0.2346, "py std": 0.2581, "pz std": 1858,
+                     "mass mean": 353.7, "mass std": 455.0, "charge std": 0.257},
+           "regressions": {"linear regression": 60.06, "gradient boosting": 3.86, "decision tree": 3.86, "k nearest neighbours": 2.98,
+                           "dense network": 2.48}},
+    "zp": {"unique": 2027, "quartiles": (2, 5, 18), "lit": 1.11, "peak": 765, "median": None, "MAE": 13.00, "RMSE": None, "W": 0.56,
+           "shares": {2112: 26.92, 22: 26.67, 2212: 23.64, 211: 8.38, 3122: 4.86, 130: 2.16, 310: 2.06, -211: 1.62, 321: 1.41},
+           "hits": {}, "diversity": {}, "after": {},
+           "regressions": {"linear regression": 34.65, "gradient boosting": 3.83, "decision tree": 3.76, "k nearest neighbours": 3.48,
+                           "dense network": 3.22}},
+}
+BEFORE = {"E mean": 1067, "E std": 1190, "vz std": 0.0201, "px std": 0.297, "py std": 0.293, "pz std": 1598, "mass mean": 293,
+          "mass std": 423.5, "charge mean": 0.111, "charge std": 0.388}   # [P] runs before the cut, both detectors
+
+
+def _row(name, published, ours, relative=0.0, absolute=0.0):
+    """A row of the table; in the band if ours is within relative x published, or within absolute, of the published figure."""
+    width = relative * abs(published) + absolute
+    band = f"{100 * relative:.0f} %" if relative else f"{absolute:g}"
+    known = ours is not None
+    return {"row": name, "published": float(published), "ours": float(ours) if known else None, "band": band,
+            "in": bool(abs(ours - published) <= width) if known else None}
+
+
+def _moments(particles, names, published, where):
+    for name in names:
+        feature, kind = name.split()
+        column = particles[:, FEATURES.index(feature)].astype(np.float64)
+        yield _row(f"{name}, {where}", published[name], column.mean() if kind == "mean" else column.std(), relative=0.25)
+
+
+def _check_before(name, seed, quiet):
+    """Rows on runs before the cut: quartiles of the photon sum, lit fibres, largest pixel, features."""
+    published, detector = PUBLISHED[name], DETECTORS[name]
+    particles, pdg, weights = primaries(seed)
+    rng, blocks = np.random.default_rng([VERSION, seed, 7]), -(-RUNS_BEFORE_CUT // BLOCK)
+    sums, lit, peak, drawn = [], 0.0, 0, []
+    for _ in common.progress(blocks, "runs before the cut", quiet):
+        drawn.append(rng.choice(len(pdg), BLOCK, p=weights))
+        runs = _run(rng, detector, particles[drawn[-1]], pdg[drawn[-1]])
+        sums.append(runs.sum((1, 2), dtype=np.int64))
+        lit, peak = lit + 100 * np.count_nonzero(runs) / runs.size / blocks, max(peak, runs.max())
+    sums = np.concatenate(sums)
+    for share, value in zip((25, 50, 75), published["quartiles"]):
+        yield _row(f"photon sum before the cut, {share} % of the non-empty", value, np.percentile(sums[sums > 0], share), relative=0.2)
+    yield _row("lit fibres before the cut, %", published["lit"], lit, relative=0.2)
+    yield _row("zero fibres before the cut, %", 100 - published["lit"], 100 - lit, relative=0.2)
+    yield _row("largest pixel before the cut", published["peak"], peak, relative=0.2)
+    yield from _moments(particles[np.concatenate(drawn)], BEFORE, BEFORE, "before the cut")
+
+
+def _check_rows(name, dataset):
+    """Rows on the data set after the cut: counts, mix, photon sum, direct hits, diversity, features."""
+    published, (responses, particles, pdg) = PUBLISHED[name], dataset
+    ids, first = unique_particles(particles)
+    yield _row("rows", ROWS[name], len(pdg), relative=0.05)
+    yield _row("unique particles", published["unique"], len(first), relative=0.05)
+    for code, share in published["shares"].items():
+        yield _row(f"share of {PDG_NAMES[code]}, %", share, 100 * np.mean(pdg == code), absolute=1.5)
+    if published["median"]:
+        yield _row("median photon sum", published["median"], np.median(responses.sum((1, 2), dtype=np.int64)), relative=0.1)
+    x, y = (FLIGHT_CM * particles[first, i] / np.abs(particles[first, 6]) for i in (4, 5))
+    hits = (np.abs(x) < DETECTORS["zn"].half[0]) & (np.abs(y) < DETECTORS["zn"].half[1])
+    for code, share in published["hits"].items():
+        yield _row(f"unique {PDG_NAMES[code]} whose straight line hits, %", share, 100 * hits[pdg[first] == code].mean(), absolute=5)
+    if published["diversity"]:
+        order = np.argsort(ids, kind="stable")
+        groups = np.split(order, np.cumsum(np.bincount(ids))[:-1])
+        spread = np.array([responses[rows].astype(np.float32).std(0).sum() if len(rows) >= 5 else np.nan for rows in groups])
+        spread = (spread - np.nanmin(spread)) / (np.nanmax(spread) - np.nanmin(spread))   # f_div of paper 000, from 0 to 1
+        for code, value in published["diversity"].items():
+            yield _row(f"diversity of {PDG_NAMES[code]}", value, np.nanmean(spread[ids[pdg == code]]), absolute=0.1)
+    yield from _moments(particles, published["after"], published["after"], "after the cut")
+
+
+def _check_oracle(name, dataset, seed):
+    """Rows on the spread between runs of one particle: the oracle's MAE and RMSE, and W of paired halves, on the test rows."""
+    import metrics   # the check stands above the modules that it checks the data with
+    published, rows = PUBLISHED[name], split_rows(len(dataset.pdg), seed)[2]
+    real, particles, pdg = (field[rows] for field in dataset)
+    again = simulate(DETECTORS[name], particles, pdg, 1000)
+    yield _row("oracle MAE", published["MAE"], metrics.mae(metrics.channels(real), metrics.channels(again)), relative=0.1)
+    if published["RMSE"]:
+        yield _row("oracle RMSE", published["RMSE"], metrics.rmse(real, again), relative=0.2)
+    left, right = metrics.pair_rows(unique_particles(particles)[0])
+    w = metrics.channels(real)
+    yield _row("W of paired halves of the test rows", published["W"], metrics.wasserstein(w[left], w[right]), relative=0.15)
+
+
+def _check_examples(name):
+    """Rows for the published responses: within three standard deviations of 1000 runs of the particle."""
+    for pdg, energy, px, py, pz, *sums in EXAMPLES:
+        species = SPECIES[pdg]
+        particle = np.array([[energy, 0, 0, 0, px, py, pz, species.mass, species.charge]], np.float32)
+        runs = simulate(DETECTORS[name], np.repeat(particle, 1000, 0), np.full(1000, pdg), 5, cut=0).sum((1, 2), dtype=np.int64)
+        row = _row(f"photons, {species.name} of {energy:.0f} GeV", sums[name == "zp"], runs.mean(), absolute=3 * runs.std())
+        yield row | {"band": f"3 x {runs.std():.0f}"}
+
+
+def _check_regressions(name, dataset, seed):
+    """Rows for W of the regressions of channels.py (paper 002, Table 6); those that need scikit-learn are None without it."""
+    import channels
+    found = channels.direct_estimates(dataset, name, seed)
+    for label, value in PUBLISHED[name]["regressions"].items():
+        yield _row(f"W of {label}", value, found[label], relative=0.3)
+
+
+def check(name, seed=0, quiet=False):
+    """The statistics of the full open data set beside the published ones: a list of rows, each a dict."""
+    dataset = open_data(name, seed=seed, quiet=quiet)
+    return [*_check_rows(name, dataset), *_check_before(name, seed, quiet), *_check_oracle(name, dataset, seed), *_check_examples(name),
+            *_check_regressions(name, dataset, seed)]
+
+
+def print_check(rows):
+    """Print the rows of `check` as one table."""
+    print(f"{'':52} {'published':>10} {'ours':>10}  band")
+    for row in rows:
+        ours, verdict = ("-", "not run: needs scikit-learn") if row["ours"] is None else (f"{row['ours']:.4g}", "" if row["in"] else "MISSED")
+        print(f"{row['row']:52} {row['published']:10.4g} {ours:>10}  {row['band']:10} {verdict}".rstrip())
+    print(f"{sum(row['in'] is False for row in rows)} of {len(rows)} rows missed")
+
+
+def sheet(name, path):
+    """Draw independent runs (rows) of the published example particles (columns)."""
+    particles = np.array([[e, 0, 0, 0, px, py, pz, SPECIES[pdg].mass, SPECIES[pdg].charge] for pdg, e, px, py, pz, *_ in EXAMPLES], np.float32)
+    pdg = np.array([example[0] for example in EXAMPLES])
+    titles = [f"{PDG_NAMES[code]} {energy:.0f} GeV" for code, energy in zip(pdg, particles[:, 0])]
+    common.plot_samples(path, {f"run {i + 1}": simulate(DETECTORS[name], particles, pdg, i, cut=0) for i in range(4)}, titles)
+
+
+def main(argv=None):
+    """Write the data set, or check it, or draw a sheet of examples. Returns the rows of the check, or what was written."""
+    parser = common.parser(__doc__, "data", flags=("detector", "n", "seed", "out", "quiet"))
+    parser.add_argument("--check", action="store_true", help="compare the full data set with the published figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the table there as well")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw independent runs of the published example particles (PNG)")
+    args = parser.parse_args(argv)
+    if not (args.check or args.sheet or args.out):
+        raise UserError("nothing to do: give --out FILE, --check or --sheet FILE")
+    if args.sheet:
+        sheet(args.detector, args.sheet)
+    if args.out:
+        n = args.n or ROWS[args.detector]
+        save(args.out, generate_dataset(args.detector, n, args.seed, quiet=args.quiet), detector=args.detector, seed=args.seed)
+        print(f"{n} responses -> {args.out}")
+    if not args.check:
+        return {"out": str(args.out or args.sheet)}
+    rows = check(args.detector, args.seed, args.quiet)
+    print_check(rows)
+    if args.json:
+        common.write_json(args.json, {"script": "data", "detector": args.detector, "command": f"python data.py --detector {args.detector} "
+                                      f"--check --json {args.json}", "versions": common.versions(), "table": rows})
+    if any(row["in"] is False for row in rows):
+        sys.exit(1)
+    return {"table": rows}
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -49,7 +49,8 @@ def flags():
                              "square roots of dequantised counts (default: sample)")
     parser.add_argument("--exit", type=common.number(float, 0.05, 0.95), default=0.6, metavar="T",
                         help="time at which the counts are drawn, with --counts sample (default: 0.6)")
-    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of the path (default: euler)")
+    parser.add_argument("--solver", choices=SOLVERS, default="ab2",
+                        help="of the path: ab2 is Adams-Bashforth, second order at Euler's cost (default: ab2)")
     parser.add_argument("--schedule", choices=("onecycle", "cosine"), default="onecycle",
                         help="learning rate over the run (default: onecycle)")
     parser.add_argument("--ema", type=common.number(float, 0, 0.99999), default=0.999, metavar="DECAY",
@@ -278,9 +279,9 @@ NETWORKS = {"paper": PaperUNet,
 
 
 def make_network(args, conditions, key):
-    """The paper's network gives the velocity (1 map); ours give the denoised response as a + b x (2 maps). Counts that are
-    sampled need 3 maps more."""
-    maps = (1 if args.net == "paper" else 2) + 3 * (args.counts == "sample")
+    """One map is the velocity (the paper's network with the papers' counts), four are the denoised response, three more
+    the distribution of the counts."""
+    maps = 7 if args.counts == "sample" else 1 if args.net == "paper" else 4
     return NETWORKS[args.net](data.DETECTORS[args.detector].shape, conditions, maps, key)
 
 
@@ -302,10 +303,12 @@ def to_counts(x, how):
 
 
 def velocity(maps, x, t):
-    """v_theta(x_t, t, c) from the maps of the network. From the denoised response x_1, Eq. 3 and 4 give (x_1 - x_t) / (1 - t)."""
-    if len(maps) in (1, 4):
+    """v_theta(x_t, t, c) from the maps of the network: a single map itself, else by (x_1 - x_t) / (1 - t) (Eq. 3 and 4) from
+    the mean of x_1, which is linear in x_t times the probability that the fibre holds light at all."""
+    if len(maps) == 1:
         return maps[0]
-    return (maps[0] + maps[1] * x - x) / jnp.maximum(1 - t, 0.05)
+    x1 = (maps[0] + maps[1] * x) * jax.nn.sigmoid(maps[2] + maps[3] * x)
+    return (x1 - x) / jnp.maximum(1 - t, 0.05)
 
 
 def count_distribution(maps, x):
@@ -377,8 +380,8 @@ def rk4(v, x, t, h):
     return x + h / 6 * (a + 2 * b + 2 * c + d)
 
 
-SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
-STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+SOLVERS = {"ab2": None, "euler": euler, "midpoint": midpoint, "rk4": rk4}      # ab2 has a memory, see integrate
+STAGES = {"ab2": 1, "euler": 1, "midpoint": 2, "rk4": 4}
 
 
 def evaluations(args):
@@ -387,9 +390,18 @@ def evaluations(args):
 
 
 def integrate(v, x, end, steps, solver):
-    """Follow dx/dt = v(x, t) from t = 0 to `end`; unrolled, since XLA is slow on loops on a CPU (`--steps` is small)."""
+    """Follow dx/dt = v(x, t) from t = 0 to `end`; unrolled, since XLA is slow on loops on a CPU (`--steps` is small).
+
+    "ab2", the two-step method of Adams and Bashforth, is of second order for one evaluation a step; its first step is Euler's.
+    """
+    h, before = end / steps, None
     for step in range(steps):
-        x = SOLVERS[solver](v, x, end * step / steps, end / steps)
+        if solver == "ab2":
+            now = v(x, h * step)
+            x = x + h * (now if before is None else 1.5 * now - 0.5 * before)
+            before = now
+        else:
+            x = SOLVERS[solver](v, x, h * step, h)
     return x
 
 

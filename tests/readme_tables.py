@@ -16,8 +16,8 @@ def number(value, form):
 
 def row(result, part):
     scores = result[part]
-    reference = "oracle" if "oracle" in scores["W"] else "floor"
     w, mae, lit = scores["W"], scores["MAE"], scores["marginals"]["lit_percent"]
+    reference = "oracle" if "oracle" in w else "floor"
     return (result["detector"].upper(), part, f"{result['rows'][part]}", f"{w['value']:.2f} ± {number(w['spread'], '.2f')}",
             number(w[reference], ".2f"), number(w["R"], ".2f"), f"{mae['value']:.2f} ({number(mae[reference], '.2f')})",
             number(scores.get("AUC_low", {}).get("value"), ".3f"), f"{lit['value']:.2f} ({lit['real']:.2f})",
