@@ -283,7 +283,7 @@ def main(argv=None):
     training, validation, test = split(args, dataset)
     training, validation, tests = pair(training), pair(validation), test_sets(args, test)
     rows = {name: len(part[0]) for name, part in {"train": training, "validation": validation, **tests}.items()}
-    print(f"{args.detector.upper()}, sums of the five channels:", ", ".join(f"{rows[name]} {name} rows" for name in rows))
+    print(f"{args.detector.upper()}, channel sums;", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
     titles = ("paper W", "W", "R", "MAE", "unseen W", "R", "MAE", "fit s")
     print(f"{'model':<21}" + "".join(f"{title:>9}" for title in titles))
     floors = {name: (floor, floor) for name, (*_, floor) in tests.items()}

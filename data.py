@@ -12,7 +12,7 @@ instead is an exact oracle (`simulate`, another run of the same particle) and as
 Sources named below: [P] statistics published with the papers (README, "The data"); [PDG] Review of Particle Physics 2024;
 [TDR] ALICE ZDC technical design report, CERN/LHCC 99-5; [C] calibrated here until the table of `--check` agreed.
 """
-import shutil
+import io
 import sys
 import zipfile
 from pathlib import Path
@@ -98,7 +98,7 @@ class Primary(NamedTuple):
     particles: int      # unique particles
     share: float        # of the runs before the cut, per cent
     spectrum: tuple     # energy / 7 TeV: a, b of a beta distribution; photons: median GeV, width of a log-normal
-    kt: float           # GeV, mean transverse momentum at 1 TeV; it grows as (E / 1 TeV)^0.15
+    kt: float           # GeV, mean transverse momentum at 1 TeV
     miss: float = 0.0   # cm, |x| of the straight line at the ZDC is at least this
 
 
@@ -125,9 +125,8 @@ PRIMARIES = {   # [C] on the published mix, feature means, unique particles and 
     -3322: Primary(4, 0.04, (1.0, 4.0), 0.40),
     3334: Primary(3, 0.03, (1.2, 5.0), 0.40),
 }
-
-
-RUNS_SHAPE = 3.0   # of the gamma distribution of the runs per particle [C]
+RUNS_SHAPE = 3.0     # of the gamma distribution of the runs per particle [C]
+KT_GROWTH = 0.15     # mean transverse momentum ~ (E / 1 TeV)^KT_GROWTH [C]
 
 
 def _lattice(rng, count):
@@ -159,7 +158,7 @@ def primaries(seed, fresh=False):
         mass = species.mass / 1000
         u_energy, u_kt, u_phi, u_runs, u_length = _lattice(rng, count)
         energy = np.maximum(_energies(pdg, rng, u_energy), 1.1 + mass)
-        kt = primary.kt * (energy / 1000) ** 0.15 * np.quantile(rng.gamma(2.0, 0.5, 20_000), u_kt)
+        kt = primary.kt * (energy / 1000) ** KT_GROWTH * np.quantile(rng.gamma(2.0, 0.5, 20_000), u_kt)
         kt = np.minimum(kt, 0.1 * energy)
         px, py = kt * np.cos(2 * np.pi * u_phi), kt * np.sin(2 * np.pi * u_phi)
         px = np.copysign(np.maximum(np.abs(px), primary.miss / FLIGHT_CM * energy), px)
@@ -180,11 +179,26 @@ def primaries(seed, fresh=False):
 
 MAGNET_CM = 6500.0    # where the bend of the separation dipole acts, as one kick [TDR, about the middle of D1]
 BEAM_CM = 9.4         # a 7 TeV proton passes the ZDC this far from the axis [TDR]; slower ones are bent in proportion
-APERTURE_CM = 3.7     # beyond it a straight line meets the beam pipe [C]
-WINDOW_CM = (8.5, 31.0, 6.5)   # x from, x to, |y| below: protons come through to ZP, with a little material in the way [C]
-COLLIMATOR_CM = 1.6   # protons whose straight line ends further out than this lose most of their energy on the way [C]
-HAZE = 0.21           # photons per GeV lost that soft particles would give in an endless calorimeter [C]
-WALL_CM = 26.0        # a swept particle is in the wall before it is this far off [C]
+
+# What happens in the beam pipe in front of the ZDC is where this simulator is furthest from GEANT, with its full geometry:
+# a few numbers [C] stand for all of the material. WINDOW_CM: x from, x to, |y| below; protons come through it to ZP.
+APERTURE_CM = 3.7           # beyond it a straight line meets the beam pipe
+WINDOW_CM = (8.5, 31.0, 6.5)
+COLLIMATOR_CM = 1.6         # protons in the window whose straight line ends further out lose most of their energy on the way
+HIT = {"inside": 0.008, "collimator": 0.985, "window": 0.8, "charged": 0.85, "neutral": 0.98}   # chance of a collision
+THIN = {"collimator": 0.01, "window": 0.99}   # chance that a collision in the window is with thin material
+LOST_THIN, LOST_THICK = (1.0, 12.0), (5.0, 1.0)   # beta distributions of the energy lost in a collision; thick: all of it
+SWEPT = (2.0, 1.5)          # beta distribution of the part of it that flies on where a charged particle is swept away
+FORWARD = {"photon": 1.0, "neutral": 0.8}   # the same for the others
+SECONDARIES = 20            # of a collision; their energies are gamma distributed, with these shapes
+EVEN = {"charged": 1.0, "neutral": 0.3}
+UPSTREAM_CM = {"charged": (1000.0, 4500.0), "neutral": (200.0, 1500.0)}   # place of the collision in front of the ZDC
+KICK = {"photon": 0.14, "charged": 0.38, "neutral": 0.35}   # GeV, transverse momentum of a secondary
+PHOTONIC = {"photon": 0.97, "hadron": 0.4}   # chance that a secondary is electromagnetic: a third of all pions are pi0
+WALL_CM = 26.0              # a swept particle is in the wall before it is this far off
+NEAR = (0.3, 60.0, 40.0)    # GeV, and |x| and |y| in cm: secondaries that are softer or further out give no light
+HAZE = {"charged": (0.735, 0.6), "neutral": (0.21, 1.5)}   # light of soft particles everywhere: photons per GeV lost if the
+HAZE_LIMIT = 1.0            # calorimeter had no end, width of their log-normal distribution; never more than HAZE_LIMIT
 
 
 class Particles(NamedTuple):
@@ -285,58 +299,76 @@ def _arrive(particles):
 
 
 def _scrape(rng, at):
-    """Collisions with the beam pipe in front of the ZDC: what arrives, and the haze (Lights) of soft particles. [C]
+    """Collisions with the beam pipe: the Arrivals behind it, and the haze (Lights) of soft particles.
 
-    Outside the aperture most particles hit something up to 45 m upstream and arrive as a spray of 16 secondaries, whose
-    distance from the particle's line is (transverse momentum / energy) x distance. Inside ZP's window most lose only a little.
+    A line outside the aperture meets the pipe and ends in a spray of secondaries around it. In ZP's window most protons lose
+    only a little and go on.
     """
-    secondaries = 20
     charged = at.charge != 0
     low, high, tall = WINDOW_CM
     window = charged & (at.x > low) & (at.x < high) & (np.abs(at.y) < tall)
     wide = np.hypot(at.x - at.bend, at.y) > COLLIMATOR_CM
     inside = np.maximum(np.abs(at.x), np.abs(at.y)) < APERTURE_CM
-    hit = rng.random(len(at.row)) < np.select([inside, window & wide, window, charged], [0.008, 0.985, 0.8, 0.85], 0.98)
-    thin = window & (rng.random(len(at.row)) < np.where(wide, 0.01, 0.99))
+    places = [inside, window & wide, window, charged]
+    chance = np.select(places, [HIT["inside"], HIT["collimator"], HIT["window"], HIT["charged"]], HIT["neutral"])
+    hit = rng.random(len(at.row)) < chance
+    thin = window & (rng.random(len(at.row)) < np.where(wide, THIN["collimator"], THIN["window"]))
     missed, at, thin = _pick(at, ~hit), _pick(at, hit), thin[hit]
-    n = len(at.row)
-    lost = np.where(thin, rng.beta(1.0, 12.0, n), rng.beta(5.0, 1.0, n))
-    seen_share = np.where(thin, 1.0, np.where(charged[hit], rng.beta(2.0, 1.5, n), np.where(at.em, 1.0, 0.8)))             # charged secondaries are swept away
-    share = rng.standard_gamma(np.where(charged[hit], 1.0, 0.3)[:, None], (n, secondaries)) + 1e-9
-    energy = share * (seen_share * lost * at.energy / share.sum(1))[:, None]            # (n, secondaries)
-    distance = np.where(charged[hit], rng.uniform(1000.0, 4500.0, n), rng.uniform(200.0, 1500.0, n))[:, None]   # cm
-    transverse = np.where(at.em, 0.14, np.where(at.charge != 0, 0.38, 0.35))[:, None] * np.sqrt(rng.standard_exponential((n, secondaries)))   # GeV
-    radius = transverse * distance / energy
-    phi = rng.uniform(0, 2 * np.pi, (n, secondaries))
-    # a swept particle is stopped before it has its full bend
-    bend = at.bend * rng.random(n) * np.minimum(1, WALL_CM / np.maximum(np.abs(at.bend), WALL_CM))
-    x = (at.x - at.bend + bend)[:, None] + radius * np.cos(phi)
-    y = at.y[:, None] + radius * np.sin(phi)
-    em = rng.random((n, secondaries)) < np.where(at.em, 0.97, 0.4)[:, None]             # a third of hadrons are pi0
-    seen = (energy > 0.3) & (np.abs(x) < 60) & (np.abs(y) < 40)
-    nothing = np.zeros(seen.sum())
-    spray = Arrivals(np.broadcast_to(at.row[:, None], seen.shape)[seen], em[seen], energy[seen], x[seen], y[seen],
-                     nothing, nothing)
+    lost = np.where(thin, rng.beta(*LOST_THIN, len(thin)), rng.beta(*LOST_THICK, len(thin)))
+    spray, x = _spray(rng, at, lost, thin)
     rest = _pick(at._replace(energy=at.energy * (1 - lost)), thin)
-    spread = np.where(charged[hit], 0.6, 1.5)
-    yields = HAZE * np.where(charged[hit], 3.5, 1.0) * np.exp(spread * rng.standard_normal(n) - spread**2 / 2)
-    photons = lost * at.energy * np.minimum(yields, 1.0)
-    haze = Lights(at.row, photons, at.x - at.bend + bend, at.y, np.ones(n), np.full(n, 2))
-    return _join([missed, rest, spray]), haze
+    return _join([missed, rest, spray]), _haze(rng, at, lost, x)
+
+
+def _spray(rng, at, lost, thin):
+    """Secondaries (Arrivals) of collisions that cost the share `lost` of the energy, and the x (N,) around which they come.
+
+    They lie (transverse momentum / energy) x distance away from the line of the particle.
+    """
+    size, charged = (len(at.row), SECONDARIES), at.charge != 0
+    swept = rng.beta(*SWEPT, len(at.row))
+    forward = np.select([thin, charged, at.em], [1.0, swept, FORWARD["photon"]], FORWARD["neutral"])
+    share = rng.standard_gamma(np.where(charged, EVEN["charged"], EVEN["neutral"])[:, None], size) + 1e-9   # (n, secondaries)
+    energy = share * (forward * lost * at.energy / share.sum(1))[:, None]
+    far, near = (rng.uniform(*UPSTREAM_CM[kind], len(at.row)) for kind in ("charged", "neutral"))
+    kick = np.select([at.em, charged], [KICK["photon"], KICK["charged"]], KICK["neutral"])
+    radius = kick[:, None] * np.sqrt(rng.standard_exponential(size)) * np.where(charged, far, near)[:, None] / energy
+    phi = rng.uniform(0, 2 * np.pi, size)
+    # a swept particle is stopped before it has its full bend
+    bend = at.bend * rng.random(len(at.row)) * np.minimum(1, WALL_CM / np.maximum(np.abs(at.bend), WALL_CM))
+    centre = at.x - at.bend + bend
+    x, y = centre[:, None] + radius * np.cos(phi), at.y[:, None] + radius * np.sin(phi)
+    em = rng.random(size) < np.where(at.em, PHOTONIC["photon"], PHOTONIC["hadron"])[:, None]
+    soft, wide, tall = NEAR
+    seen = (energy > soft) & (np.abs(x) < wide) & (np.abs(y) < tall)
+    row, none = np.broadcast_to(at.row[:, None], size)[seen], np.zeros(seen.sum())
+    return Arrivals(row, em[seen], energy[seen], x[seen], y[seen], none, none), centre
+
+
+def _haze(rng, at, lost, x):
+    """Soft particles from the pipe, too many and too wide to be followed: Lights at x (N,) and the particle's y."""
+    (much, narrow), (little, broad) = HAZE["charged"], HAZE["neutral"]
+    charged = at.charge != 0
+    spread = np.where(charged, narrow, broad)
+    yields = np.where(charged, much, little) * np.exp(spread * rng.standard_normal(len(x)) - spread**2 / 2)
+    photons = lost * at.energy * np.minimum(yields, HAZE_LIMIT)
+    return Lights(at.row, photons, x, at.y, np.ones(len(x)), np.full(len(x), HAZY))
 
 
 # ------------------------------------------------------------------------------------------------------ showers and light
 
-# Lateral profiles as sums of (share of the light, scale in cm in tungsten, law): "exp" is exp(-r / scale) in the plane,
+# Lateral profiles, PROFILES[Lights.profile], as sums of (share of the light, scale in cm in tungsten, law): "exp" is exp(-r / scale) in the plane,
 # "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters, hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third
 # of its light within +-1 fibre, a 1000-photon neutron has a peak of 30 to 60 and a halo over +-10 fibres [P].
 ELECTROMAGNETIC = ((0.575, 0.16, "exp"), (0.325, 0.42, "exp"), (0.09, 1.3, "tail"), (0.01, 7.0, "exp"))
-HADRONIC = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.25, 9.0, "exp"))   # above 1: neutrons far out add light
-PIPE_CM = 30.0         # width of the haze; it is made in the beam pipe, so it is as wide at both detectors [C]
-HAZE_PROFILE = ((1.0, PIPE_CM, "exp"),)
-PROFILES = ELECTROMAGNETIC, HADRONIC, HAZE_PROFILE
-FAR_CM = 5.0          # components wider than this fluctuate from shower to shower (few neutrons)
-BURST = 1.15          # mean photons of one track in one fibre, geometric
+HALO = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.25, 9.0, "exp"))   # above 1: neutrons far out add light
+PIPE_CM = 30.0       # width of the haze; it comes from the beam pipe, so it is as wide at both detectors [C]
+PROFILES = ELECTROMAGNETIC, HALO, ((1.0, PIPE_CM, "exp"),)
+SHOWERY, HALOED, HAZY = range(3)
+CORE_CM = 0.2        # narrower components scale with Detector.core, wider ones with Detector.spread
+FAR_CM = 5.0         # wider components fluctuate from shower to shower, because few neutrons make them [C]
+FAR_FLUCTUATION = (-0.32, 0.8)   # log-normal with mean 1
+BURST = 1.15         # mean photons of one track in one fibre, geometric [C]
 
 
 class Lights(NamedTuple):
@@ -350,36 +382,46 @@ class Lights(NamedTuple):
 
 
 def _electromagnetic(rng, detector, at):
-    """One source per photon; 38 % / sqrt(E) sampling fluctuation and a 2 % constant term [TDR]."""
+    """One source per photon; 38 % / sqrt(E) sampling fluctuation and a 2 % constant term [TDR]. Showers that start late are
+    narrow, early ones wide [C]."""
     n = len(at.row)
     resolution = np.sqrt(0.38**2 / at.energy + 0.02**2)
     photons = detector.light * at.energy * np.maximum(1 + resolution * rng.standard_normal(n), 0.0)
-    return Lights(at.row, photons, at.x, at.y, np.exp(np.maximum(0.32 * rng.standard_normal(n), -0.62)), np.zeros(n, int))
+    width = np.exp(np.maximum(0.32 * rng.standard_normal(n), -0.62))
+    return Lights(at.row, photons, at.x, at.y, width, np.full(n, SHOWERY))
+
+
+CASCADES = 14          # pi0 cascades of a hadronic shower; their shares of the light are gamma distributed, CASCADE_SHAPE [C]
+CASCADE_SHAPE = 0.4
+CASCADE_KT = 0.35      # GeV, their transverse momentum at the first interaction [C]
+PI0_SPREAD = 20.0      # a + b of the beta distribution of the pi0 share of the energy [C]
+HADRON_LIGHT = 0.88    # photons of a pi0 cascade in a hadronic shower against those of a photon of that energy [C]
+QUENCHED = 0.3         # the same for what is not pi0: most hadrons are too slow for Cherenkov light [C]
+FAINT = 0.2            # photons; fainter cascades are left out
 
 
 def _hadronic(rng, detector, at):
     """Sub-cascades of pi0 with their own positions, and a halo.
 
-    The pi0 share follows Wigmans: 1 - E^-0.18 on average, with a beta distribution around it; sub-cascades leave the first
-    interaction with 0.35 GeV of transverse momentum, so the soft ones go far [C]. The halo is quenched to 0.3.
+    The pi0 share is 1 - E^-0.18 on average (Gabriel et al., NIM A 338, 336), with a beta distribution around it.
     """
-    n, cascades = len(at.row), 14
+    n, size = len(at.row), (len(at.row), CASCADES)
     mean = np.clip(1 - np.maximum(at.energy, 1.5) ** -0.18, 0.1, 0.95)
-    pi0 = rng.beta(20 * mean, 20 * (1 - mean))
-    photons = 0.88 * detector.light * at.energy * np.exp(0.05 * rng.standard_normal(n))
-    share = rng.standard_gamma(0.4, (n, cascades)) + 1e-12
+    pi0 = rng.beta(PI0_SPREAD * mean, PI0_SPREAD * (1 - mean))
+    photons = HADRON_LIGHT * detector.light * at.energy * np.exp(0.05 * rng.standard_normal(n))
+    share = rng.standard_gamma(CASCADE_SHAPE, size) + 1e-12                             # (n, CASCADES)
     share /= share.sum(1, keepdims=True)
-    depth = detector.interaction * (1 + rng.standard_exponential((n, cascades)))
-    energy = np.maximum(share * (at.energy * pi0)[:, None], 0.5)                        # (n, cascades)
-    radius = 0.35 * np.sqrt(rng.standard_exponential((n, cascades))) * depth / energy
-    radius = np.minimum(radius, 3 * detector.spread * rng.random((n, cascades)))
-    phi = rng.uniform(0, 2 * np.pi, (n, cascades))
+    depth = detector.interaction * (1 + rng.standard_exponential(size))
+    energy = np.maximum(share * (at.energy * pi0)[:, None], 0.5)
+    radius = CASCADE_KT * np.sqrt(rng.standard_exponential(size)) * depth / energy
+    radius = np.minimum(radius, 3 * detector.spread * rng.random(size))                 # soft ones are absorbed on the way
+    phi = rng.uniform(0, 2 * np.pi, size)
     light = share * (photons * pi0)[:, None]
-    keep = light > 0.2
-    core = Lights(np.broadcast_to(at.row[:, None], keep.shape)[keep], light[keep],
+    keep = light > FAINT
+    core = Lights(np.broadcast_to(at.row[:, None], size)[keep], light[keep],
                   (at.x[:, None] + radius * np.cos(phi))[keep], (at.y[:, None] + radius * np.sin(phi))[keep],
-                 1.1 * np.exp(0.2 * rng.standard_normal(keep.sum())), np.zeros(keep.sum(), int))
-    halo = Lights(at.row, 0.3 * (1 - pi0) * photons, at.x, at.y, np.exp(0.25 * rng.standard_normal(n)), np.ones(n, int))
+                  1.1 * np.exp(0.2 * rng.standard_normal(keep.sum())), np.full(keep.sum(), SHOWERY))
+    halo = Lights(at.row, QUENCHED * (1 - pi0) * photons, at.x, at.y, np.exp(0.25 * rng.standard_normal(n)), np.full(n, HALOED))
     return _join([core, halo])
 
 
@@ -389,12 +431,13 @@ def _tracks(rng, detector, lights, share, scale, law):
     Returns row (T,), ix (T,), iy (T,) of the tracks inside the matrix.
     """
     half_x, half_y = detector.half
-    width = scale * lights.width * (detector.core if scale < 0.2 else detector.spread if scale < PIPE_CM else 1.0)
+    stretch = detector.core if scale < CORE_CM else detector.spread if scale < PIPE_CM else 1.0
+    width = scale * lights.width * stretch
     x, y = lights.x - detector.centre, lights.y
     gap = np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
     expected = share / BURST * lights.photons * (gap < 10 * width)
     if FAR_CM < scale < PIPE_CM:
-        expected = expected * rng.lognormal(-0.32, 0.8, len(expected))
+        expected = expected * rng.lognormal(*FAR_FLUCTUATION, len(expected))
     source = np.repeat(np.arange(len(x)), rng.poisson(expected))
     u = 1 - rng.random(len(source), np.float32)
     if law == "exp":
@@ -467,22 +510,31 @@ class Dataset(NamedTuple):
     pdg: np.ndarray         # int32 (N,); 0 where a file does not say
 
 
-def generate_dataset(name, n, seed=0, fresh=False, quiet=False):
-    """Simulate runs of the primaries, drawn at random, until `n` have passed the cut."""
+def simulated_blocks(name, n, seed=0, fresh=False, quiet=False):
+    """Simulate runs of the primaries, drawn at random, until `n` have passed the cut; yields them as Datasets."""
     detector = DETECTORS[name]
     particles, pdg, weights = primaries(seed, fresh)
     rng = np.random.default_rng([VERSION, seed, int(fresh), sorted(DETECTORS).index(name)])
-    responses, rows, filled = np.empty((n, *detector.shape), np.uint16), np.empty(n, np.int64), 0
+    filled = 0
     with common.progress(n, f"simulating {name.upper()} responses", quiet) as bar:
         while filled < n:
             which = rng.choice(len(pdg), BLOCK, p=weights)
             runs = _run(rng, detector, particles[which], pdg[which])
             passed = np.flatnonzero(runs.sum((1, 2)) >= CUT)[:n - filled]
-            responses[filled:filled + len(passed)] = runs[passed]
-            rows[filled:filled + len(passed)] = which[passed]
+            yield Dataset(runs[passed], particles[which[passed]], pdg[which[passed]])
             filled += len(passed)
             bar.update(len(passed))
-    return Dataset(responses, particles[rows], pdg[rows])
+
+
+def generate_dataset(name, n, seed=0, fresh=False, quiet=False):
+    """The open data set of open_data, simulated."""
+    dataset = Dataset(np.empty((n, *DETECTORS[name].shape), np.uint16), np.empty((n, len(FEATURES)), np.float32), np.empty(n, np.int32))
+    filled = 0
+    for block in simulated_blocks(name, n, seed, fresh, quiet):
+        for whole, part in zip(dataset, block):
+            whole[filled:filled + len(part)] = part
+        filled += len(block.pdg)
+    return dataset
 
 
 # ------------------------------------------------------------------------------------------------------------------ files
@@ -494,25 +546,50 @@ def save(path, dataset, **attributes):
     save_blocks(path, len(dataset.pdg), blocks, cut=CUT, version=VERSION, **attributes)
 
 
+class _Sink(io.FileIO):
+    """A file for HDF5, which crashes at exit after a failed write: the first failure is kept, all that follows is dropped."""
+    failure = None
+
+    def write(self, data):
+        rest = memoryview(data)
+        while len(rest) and self.failure is None:
+            try:
+                rest = rest[super().write(rest):]   # a disk that is almost full takes a part
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size) if self.failure is None else size
+        except OSError as error:
+            self.failure = error
+
+    def check(self):
+        """Raise the failure, if there was one."""
+        if self.failure is not None:
+            raise self.failure
+
+
 def save_blocks(path, total, blocks, **attributes):
     """Stream `blocks`, dicts of arrays that add up to `total` rows, into one HDF5 file: whole or not at all.
 
-    Raises UserError before a block that the disk has no room for (HDF5 itself does not survive a full disk).
+    Raises UserError if the disk is full or the file cannot be written.
     """
-    path, filled = Path(path), 0
-    with common.write_atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for block in blocks:
-            need = sum(array.nbytes for array in block.values()) + 2**22
-            if shutil.disk_usage(temporary.parent).free < need:
-                raise UserError(f"{path}: no room on the disk, {need / 2**20:.0f} MiB more needed")
-            rows = len(next(iter(block.values())))
-            for name, array in block.items():
-                if name not in file:
-                    file.create_dataset(name, (total, *array.shape[1:]), array.dtype, chunks=(min(total, 256), *array.shape[1:]),
-                                        compression="gzip", compression_opts=1, shuffle=True)
-                file[name][filled:filled + rows] = array
-            filled += rows
-        file.attrs.update(attributes)
+    filled = 0
+    with common.write_atomic(path) as temporary, _Sink(temporary, "w+") as sink:
+        with h5py.File(sink, "w") as file:
+            for block in blocks:
+                rows = len(next(iter(block.values())))
+                for name, array in block.items():
+                    if name not in file:
+                        file.create_dataset(name, (total, *array.shape[1:]), array.dtype, chunks=(min(total, 256), *array.shape[1:]),
+                                            compression="gzip", compression_opts=1, shuffle=True)
+                    file[name][filled:filled + rows] = array
+                sink.check()
+                filled += rows
+            file.attrs.update(attributes)
+        sink.check()
 
 
 def open_data(name, n=None, seed=0, fresh=False, quiet=False):
@@ -665,12 +742,13 @@ def _read_csv(path):
         missing = [name for name in FEATURES if name not in header]
         if missing:
             raise UserError(f"{path}: the first line must name the columns {', '.join(FEATURES)}; missing {', '.join(missing)}")
-        try:
-            table = np.loadtxt(file, delimiter=",", ndmin=2)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-    if not table.size:
+        lines = [line for line in file if line.strip()]
+    if not lines:
         raise UserError(f"{path}: no particles")
+    try:
+        table = np.loadtxt(lines, delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if table.shape[1] != len(header):
         raise UserError(f"{path}: {len(header)} names in the header but {table.shape[1]} columns")
     columns = {name: table[:, i] for i, name in enumerate(header)}
@@ -831,7 +909,9 @@ def _check_rows(name, dataset):
         spread = np.array([responses[rows].astype(np.float32).std(0).sum() if len(rows) >= 5 else np.nan for rows in groups])
         spread = (spread - np.nanmin(spread)) / (np.nanmax(spread) - np.nanmin(spread))   # f_div of paper 000, from 0 to 1
         for code, value in published["diversity"].items():
-            yield _row(f"diversity of {PDG_NAMES[code]}", value, np.nanmean(spread[ids[pdg == code]]), absolute=0.1)
+            held = spread[ids[pdg == code]]
+            known = np.isfinite(held)
+            yield _row(f"diversity of {PDG_NAMES[code]}", value, held[known].mean() if known.any() else None, absolute=0.1)
     yield from _moments(particles, published["after"], published["after"], "after the cut")
 
 
@@ -904,7 +984,8 @@ def main(argv=None):
         sheet(args.detector, args.sheet)
     if args.out:
         n = args.n or ROWS[args.detector]
-        save(args.out, generate_dataset(args.detector, n, args.seed, quiet=args.quiet), detector=args.detector, seed=args.seed)
+        blocks = (block._asdict() for block in simulated_blocks(args.detector, n, args.seed, quiet=args.quiet))
+        save_blocks(args.out, n, blocks, cut=CUT, version=VERSION, detector=args.detector, seed=args.seed)
         print(f"{n} responses -> {args.out}")
     if not args.check:
         return {"out": str(args.out or args.sheet)}

@@ -12,7 +12,7 @@ everything that the fibres have in common, and the same network gives each fibre
 exact likelihood. Drawing from it is one uniform number per fibre. `--counts round` and `floor` are the usual ways, to compare.
 
     python fm.py --detector zn --steps 11                               about ten minutes on two CPU cores, data included
-    python fm.py --detector zn --n 306780 --epochs 20 --steps 11        the row in README
+    python fm.py --detector zn --n 306780 --epochs 20 --steps 11        the row in README, under an hour
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/fm-zn/.
@@ -42,7 +42,7 @@ BLOCK = 256        # responses per call when a whole set is generated; larger on
 
 def flags():
     """The command line."""
-    parser = common.parser(__doc__, "fm", n=60_000, epochs=20, lr=2e-3, steps=11)
+    parser = common.parser(__doc__, "fm", n=60_000, epochs=15, lr=2e-3, steps=11)
     parser.add_argument("--net", choices=NETWORKS, default="dense", help="network (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
                         help="how photons become numbers and back: likelihood from --exit on, rounded log1p, or floored "
@@ -57,7 +57,7 @@ def flags():
                         help="of the averaged weights, per step (default: 0.999)")
     parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
                         help="largest gradient norm (default: 1)")
-    parser.add_argument("--sweep", action="store_true", help="also score 1, 2, 4, 8, 11, 16 and 32 steps, with a figure")
+    parser.add_argument("--sweep", action="store_true", help="score 1, 2, 4, 8, 11, 16 and 32 steps on the validation rows, with a figure; with --load nothing else")
     parser.add_argument("--compare", action="store_true", help="only print the cost of the networks, side by side")
     return parser
 
@@ -564,7 +564,15 @@ def sweep(args, net, scaler, dataset, rows, oracle):
         points[-1] |= {"oracle": metrics.wasserstein(truth, floor)} if oracle else {}
         print(f"{steps:6d} {evaluations(here):12d} {points[-1]['W']:8.3f} {points[-1]['MAE']:8.2f} {ms:16.3f}")
     common.plot_sweep(args.run / "sweep.png", points)
-    return points
+    result = {"script": "fm", "detector": args.detector, "command": command(), "device": common.device_name(), "rows": len(rows),
+              "split": "validation", "solver": args.solver, "points": points}
+    common.write_json(args.run / "sweep.json", result)
+    return result
+
+
+def command():
+    """The command line, as a reader would type it."""
+    return " ".join(["python fm.py", *sys.argv[1:]])
 
 
 def with_flags(args, **changed):
@@ -615,7 +623,8 @@ def compare(args):
         ratios = [rows[0][key] / row[key] for key in ("step_seconds", "ms_per_response")]
         print(f"{row['net']:>8} {row['parameters']:11d} {row['mflop']:8.1f} {row['step_seconds']:8.3f} {ratios[0]:7.1f} "
               f"{row['evaluations']:12d} {row['ms_per_response']:16.3f} {ratios[1]:7.1f}")
-    result = {"script": "fm", "detector": args.detector, "batch": args.batch_size, "device": common.device_name(), "networks": rows}
+    result = {"script": "fm", "detector": args.detector, "command": command(), "batch": args.batch_size,
+              "device": common.device_name(), "networks": rows}
     common.write_json(args.run / "compare.json", result)
     return result
 
@@ -668,6 +677,10 @@ def main(argv=None):
     else:
         scaler = data.fit_conditions(dataset.particles[split[0]], args.cond)
         net, times = train(args, dataset, split[0], scaler)
+    if args.sweep:
+        found = sweep(args, net, scaler, dataset, split[1], args.data is None)
+        if args.load:
+            return found
     return report(args, net, scaler, dataset, split, times)
 
 
@@ -679,7 +692,7 @@ def report(args, net, scaler, dataset, split, times):
         rows = min(len(split[2]), 20_000)
         fresh = data.open_data(args.detector, rows, args.seed, fresh=True, quiet=args.quiet)
         test["unseen"] = fresh, np.arange(rows)
-    result = {"script": "fm", "detector": args.detector, "command": "python " + " ".join(["fm.py", *sys.argv[1:]]),
+    result = {"script": "fm", "detector": args.detector, "command": command(),
               "versions": common.versions(), "device": common.device_name(), "flags": training_flags(args),
               "rows": {"train": len(split[0])} | {name: len(rows) for name, (_, rows) in test.items()},
               **network_cost(net, len(scaler.mean), data.DETECTORS[args.detector].shape), "steps": args.steps, "solver": args.solver,
@@ -690,8 +703,6 @@ def report(args, net, scaler, dataset, split, times):
         result[name], real, generated = score(args, generate, source, rows, oracle, f"{name} particles")
         if name == "seen" or args.split == "particles":
             plot(args, real, generated, source, rows)
-    if args.sweep:
-        result["sweep"] = sweep(args, net, scaler, dataset, split[1], oracle)  # validation rows
     common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": training_flags(args),
                            "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net)
     common.write_json(args.run / "metrics.json", result)

@@ -1,39 +1,93 @@
-"""The table of results in README, from weights/*.json: printed, or put between its markers with --write."""
+"""The tables in README from the json files that the scripts wrote: printed, or put between their markers with --write."""
 import json
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
-COLUMNS = ("detector", "particles", "test rows", "W", "oracle", "R", "MAE (oracle)", "AUC low", "lit % (real)", "ms per response",
-           "parameters", "training, min", "command")
 
 
 def number(value, form):
     return "-" if value is None else f"{value:{form}}"
 
 
-def row(result, part):
+def markdown(head, rows):
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ("---",) * len(head), *rows])
+
+
+def read(folder, pattern):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def score_cells(result, part):
+    """Cells that all tables of scores share."""
     scores = result[part]
     w, mae, lit = scores["W"], scores["MAE"], scores["marginals"]["lit_percent"]
     reference = "oracle" if "oracle" in w else "floor"
-    return (result["detector"].upper(), part, f"{result['rows'][part]}", f"{w['value']:.2f} ± {number(w['spread'], '.2f')}",
-            number(w[reference], ".2f"), number(w["R"], ".2f"), f"{mae['value']:.2f} ({number(mae[reference], '.2f')})",
-            number(scores.get("AUC_low", {}).get("value"), ".3f"), f"{lit['value']:.2f} ({lit['real']:.2f})",
-            number(result["ms_per_response"].get("256"), ".3f"), f"{result['parameters']}", number(result["train_seconds"] / 60, ".1f"),
-            f"`{result['command']}`")
+    return (f"{w['value']:.2f} ± {number(w['spread'], '.2f')}", number(w[reference], ".2f"), number(w["R"], ".2f"),
+            f"{mae['value']:.2f} ({number(mae[reference], '.2f')})", number(scores.get("AUC_low", {}).get("value"), ".3f"),
+            number(scores.get("AUC_high", {}).get("value"), ".3f"), f"{lit['value']:.2f} ({lit['real']:.2f})")
 
 
-def table(folder=ROOT / "weights"):
-    """Markdown: a row for the seen and one for the unseen particles of each file."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    rows = [COLUMNS, ("---",) * len(COLUMNS)] + [row(result, part) for result in results for part in ("seen", "unseen") if result[part]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+SCORE_HEAD = ("W", "oracle", "R", "MAE (oracle)", "AUC low", "AUC high", "lit % (real)")
+
+
+def results(root):
+    """A row for the seen and one for the unseen particles of each model."""
+    head = ("detector", "particles", "test rows", *SCORE_HEAD, "ms per response", "parameters", "training, min", "command")
+    return markdown(head, [(r["detector"].upper(), part, str(r["rows"][part]), *score_cells(r, part), number(r["ms_per_response"].get("256"), ".3f"),
+                            str(r["parameters"]), number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`")
+                           for r in read(root / "weights", "fm-*.json") for part in ("seen", "unseen") if r[part]])
+
+
+def counts(root):
+    head = ("counts", "detector", *SCORE_HEAD, "singles, % of lit (real)", "evaluations", "training, min", "command")
+    singles = lambda r: r["seen"]["marginals"]["single_percent"]
+    return markdown(head, [(r["flags"]["counts"], r["detector"].upper(), *score_cells(r, "seen"), f"{singles(r)['value']:.1f} ({singles(r)['real']:.1f})",
+                            str(r["evaluations"]), number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`") for r in read(root / "results", "fm-counts-*.json")])
+
+
+def sweep(root):
+    head = ("detector", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
+    return markdown(head, [(r["detector"].upper(), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
+                            f"{p['ms_per_response']:.3f}") for r in read(root / "results", "fm-sweep-*.json") for p in r["points"]])
+
+
+def compare(root):
+    head = ("detector", "network", "parameters", "MFLOP", "training step, s (batch 256)", "times faster", "evaluations", "ms per response", "times faster")
+    return markdown(head, [(r["detector"].upper(), n["net"], str(n["parameters"]), f"{n['mflop']:.1f}", f"{n['step_seconds']:.3f}",
+                            f"{r['networks'][0]['step_seconds'] / n['step_seconds']:.0f}", str(n["evaluations"]), f"{n['ms_per_response']:.3f}",
+                            f"{r['networks'][0]['ms_per_response'] / n['ms_per_response']:.0f}")
+                           for r in read(root / "results", "fm-compare-*.json") for n in r["networks"]])
+
+
+def check(root):
+    head = ("", "published", "ours", "band", "")
+    verdict = {True: "in", False: "**MISSED**", None: "not run"}
+    return "\n".join(f"**{r['detector'].upper()}**\n\n" + markdown(head, [(row["row"], f"{row['published']:.4g}", number(row["ours"], ".4g"), row["band"],
+                     verdict[row["in"]]) for row in r["table"]]) for r in read(root / "results", "data-*.json"))
+
+
+def channels(root):
+    head = ("detector", "model", "published W", "W", "R", "MAE", "W, unseen particles", "R", "fit, s")
+    cell = lambda model, part, score, key: number(model.get(part, {}).get(score, {}).get(key), ".2f")
+    return markdown(head, [(r["detector"].upper(), name, number(m["published"], ".2f"), cell(m, "seen", "W", "value"), cell(m, "seen", "W", "R"),
+                            cell(m, "seen", "MAE", "value"), cell(m, "unseen", "W", "value"), cell(m, "unseen", "W", "R"), number(m["fit_seconds"], ".0f"))
+                           for r in read(root / "results", "channels-*.json") for name, m in r["models"].items()])
+
+
+TABLES = {table.__name__: table for table in (results, counts, sweep, compare, check, channels)}
+
+
+def marked(name):
+    """Matches what stands between the markers of a table."""
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    readme = (ROOT / "README.md").read_text()
+    for name, table in TABLES.items():
+        print(f"{name}\n{table(ROOT)}")
+        readme = marked(name).sub(lambda _: table(ROOT), readme)
     if "--write" in sys.argv:
-        readme = ROOT / "README.md"
-        readme.write_text(MARKED.sub(lambda _: table(), readme.read_text()))
+        (ROOT / "README.md").write_text(readme)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import h5py
 import jax
 import numpy as np
@@ -45,13 +46,14 @@ def pixel(value):
 
 
 def checkpoint(path, detector="zn", **changed):
-    """A checkpoint as fm.py writes it, of an untrained network."""
+    """A checkpoint as fm.py writes it, of a network of zeros."""
     args = fm.flags().parse_args(["--detector", detector, "--net", "tiny"])
     scaler = data.fit_conditions(table(), args.cond)
     header = {"script": "fm", "detector": detector, "flags": fm.training_flags(args), "scaler": scaler._asdict(), "parameters": 1,
               "scores": {"train_seconds": 1.0, "step_seconds": 1.0}} | changed
+    net = eqx.filter_eval_shape(fm.make_network, args, len(scaler.mean), jax.random.key(0))
     common.save_checkpoint(path, {name: value for name, value in header.items() if value is not None},
-                           fm.make_network(args, len(scaler.mean), jax.random.key(0)))
+                           jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, net))
 
 
 def repacked(path, change):
@@ -70,7 +72,7 @@ def inputs(tmp_path_factory):
         checkpoint(file("gan.eqx"), script="gan")
         checkpoint(file("format.eqx"), format="zdc-checkpoint-0")
         checkpoint(file("state.eqx"), scaler=None, scores=None)                # a training state is not a model
-        checkpoint(file("net.eqx"), flags=fm.training_flags(fm.flags().parse_args(["--net", "compact"])))
+        checkpoint(file("net.eqx"), scaler=data.fit_conditions(table(), "raw")._asdict())   # for 9 conditions, holds those for 13
         good = file("good.eqx").read_bytes()
         for name, damage in {"truncated": good[:-100], "longer": good + b"0", "flipped": good.replace(b'"zn"', b'"zp"'), "empty": b"",
                              "text": b"hello\n"}.items():
@@ -210,6 +212,12 @@ CASES = {   # flags: what the line must name
 def snapshot(folder):
     """Everything below a folder, files with their bytes."""
     return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_lines(recwarn):
+    yield                                                                      # pytest keeps them from stderr
+    assert not [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
 
 
 def assert_one_line(code, out, error, name, before, folder):
