@@ -21,6 +21,7 @@ import argparse
 import math
 import sys
 import time
+from collections import Counter
 from functools import partial
 
 import equinox as eqx
@@ -711,11 +712,17 @@ def report(args, net, scaler, dataset, split, times):
 
 
 def plot(args, real, generated, source, rows):
-    """The run's pictures: the eight most common particles, channel histograms and the training curve."""
-    ids, first = data.unique_particles(source.particles[rows])
-    common_ids = np.argsort(-np.bincount(ids), kind="stable")[:8]
-    titles = [f"{data.PDG_NAMES.get(int(source.pdg[rows][first[i]]), '?')} {source.particles[rows][first[i], 0]:.0f} GeV" for i in common_ids]
-    common.plot_samples(args.run / "samples.png", {"data": real[first[common_ids]], "model": generated[first[common_ids]]}, titles)
+    """The run's pictures: a particle of each of the most common types, channel histograms and the training curve."""
+    particles, pdg = source.particles[rows], source.pdg[rows]
+    ids, first = data.unique_particles(particles)
+    rank, keys = Counter(), []                                                 # of a particle within its type, by its rows
+    for i in np.argsort(-np.bincount(ids), kind="stable"):
+        code = pdg[first[i]]
+        keys.append((rank[code], -np.count_nonzero(pdg == code), first[i]))
+        rank[code] += 1
+    columns = [row for *_, row in sorted(keys)[:8]]
+    titles = [f"{data.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
+    common.plot_samples(args.run / "samples.png", {"data": real[columns], "model": generated[columns]}, titles)
     common.plot_channels(args.run / "channels.png", metrics.channels(real), metrics.channels(generated))
     if records := common.read_log(args.run):
         common.plot_training(args.run / "training.png", records)

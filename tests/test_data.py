@@ -437,13 +437,12 @@ def test_everything_in_mev_is_not_missed_for_photons(tmp_path):
         data.check_particles("list", np.tile(ROW * np.where(np.arange(9) < 7, 1000, 1), (3, 1)))
 
 
-@pytest.mark.parametrize("case", [case for case in BAD if set(BAD[case][0]) <= {"particles", "responses"} and BAD[case][0]
-                                  and None not in BAD[case][0].values() and "b'" not in str(BAD[case][0])])
+@pytest.mark.parametrize("case", ["responses of zp", "complex responses", "NaN responses", "negative responses", "too many photons",
+                                  "fractions", "too few responses", "eight features", "NaN feature", "momenta in MeV",
+                                  "no momentum along z"])
 def test_bad_npz(case, tmp_path):
-    arrays = {name: array for name, array in (GOOD | BAD[case][0]).items()}
-    if arrays["particles"].dtype.kind == "f":
-        arrays["particles"] = np.column_stack([arrays["particles"], arrays["pdg"]])
-    npz_pair(tmp_path / "bad", arrays["responses"], arrays["particles"])
+    arrays = GOOD | BAD[case][0]
+    npz_pair(tmp_path / "bad", arrays["responses"], np.column_stack([arrays["particles"], arrays["pdg"]]))
     with pytest.raises(UserError) as raised:
         data.load(tmp_path / "bad", "zn")
     assert "\n" not in str(raised.value) and str(tmp_path / "bad") in str(raised.value)

@@ -95,11 +95,15 @@ def files(inputs):
     hdf5(file("mev.h5"), particles=table(px=300.0, py=400.0, pz=499999.68))
     hdf5(file("negative.h5"), particles=table(E=-500.0))
     hdf5(file("pz.h5"), particles=table(px=300.0, py=400.0, pz=0.0))
+    hdf5(file("huge.h5"), particles=table(E=1e39, pz=1e39))
+    hdf5(file("thin.h5"), particles=table(px=300.0, py=400.0, pz=1e-300))
     hdf5(file("short-pdg.h5"), particles=table(), pdg=np.full(2, 22))
     hdf5(file("half-pdg.h5"), particles=table(), pdg=np.full(3, 22.5))
     hdf5(file("infinite-pdg.h5"), particles=table(), pdg=np.full(3, np.inf))
     with h5py.File(file("group.h5"), "w") as group:
         group["particles/E"] = np.ones(3)
+    with h5py.File(file("pdg-group.h5"), "w") as group:
+        group["particles"], group["pdg/codes"] = table(), np.full(3, 22)
     file("not.h5").write_text("hello")
     repacked_good = file("list.h5").read_bytes()
     file("cut.h5").write_bytes(repacked_good[:len(repacked_good) // 2])
@@ -198,7 +202,7 @@ CASES = {   # flags: what the line must name
     "--load good.eqx --generate list.h5 --out /dev/null": "/dev/null",
     **{f"{GENERATE} {name}": name for name in (
         "missing.h5", "missing.csv", "missing.npz", "folder", "no-particles.h5", "wide.h5", "flat.h5", "scalar.h5", "none.h5", "text.h5",
-        "nan.h5", "mev.h5", "negative.h5", "pz.h5", "short-pdg.h5", "half-pdg.h5", "infinite-pdg.h5", "group.h5", "not.h5", "cut.h5",
+        "nan.h5", "mev.h5", "negative.h5", "pz.h5", "huge.h5", "thin.h5", "short-pdg.h5", "half-pdg.h5", "infinite-pdg.h5", "group.h5", "pdg-group.h5", "not.h5", "cut.h5",
         "key.npz", "zero.npz", "object.npz", "damaged.npz", "not.npz", "array.npz", "empty.csv", "header.csv", "headless.csv", "word.csv",
         "ragged.csv", "narrow.csv", "binary.csv", "good.eqx")},
     **{f"--data {name}": name for name in (

@@ -39,7 +39,7 @@ def dataset():
 def trained(tmp_path_factory):
     """(folder, metrics.json as a dict) of one short run."""
     folder = tmp_path_factory.mktemp("fm") / "run"
-    return folder, fm.main([*tiny.FLAGS, "--run", str(folder), "--sweep"])
+    return folder, fm.main([*tiny.FLAGS, "--run", str(folder)])
 
 
 def arguments(*flags):
@@ -180,20 +180,19 @@ def test_draws_follow_the_loss(location, scale):
     assert chisquare(found, expected).pvalue > 1e-3
 
 
-def test_batch_halves():
-    """With sampled counts half of the batch trains the path, at times spread over 0 .. exit, the other half the counts at exit."""
-    times = []
-
-    def net(x, t, c):
-        jax.debug.callback(lambda t: times.append(float(t)), t)
-        return jnp.zeros((7, *x.shape))
-    counts, c = np.zeros((16, 44, 44), np.uint16), np.zeros((16, 13), np.float32)
-    total, parts = fm.batch_loss(net, counts, c, KEY, arguments("--exit", "0.5"))
-    jax.effects_barrier()
-    times = np.sort(times)
-    assert (times[:8] < 0.5).all() and (times[8:] == 0.5).all() and (np.floor(times[:8] * 16) == np.arange(8)).all()
+def test_halves_of_a_batch(monkeypatch):
+    """With sampled counts half of the batch trains the path at times spread evenly over 0 .. exit, the other half the counts at exit."""
+    seen, loss = [], fm.count_loss
+    monkeypatch.setattr(fm, "path_loss", lambda net, n, t, c, how, key: (t, jnp.zeros((7, *n.shape)), jnp.full(n.shape, t)))
+    monkeypatch.setattr(fm, "count_distribution", lambda maps, x: (x, jnp.ones_like(x)))
+    monkeypatch.setattr(fm, "count_loss", lambda *args: seen.append(args) or loss(*args))
+    counts, c = np.zeros((64, 44, 44), np.uint16), np.zeros((64, 13), np.float32)
+    total, parts = fm.batch_loss(None, counts, c, KEY, arguments("--exit", "0.5"))
+    assert parts["path"] == pytest.approx(0.25, abs=0.01) and len(seen) == 1 and (seen[0][1] == 0.5).all() and len(seen[0][1]) == 32
+    assert parts["nats per fibre"] == pytest.approx(math.log1p(math.exp(0.5 - math.sqrt(2))), rel=1e-5)   # P(0) = F(sqrt 2)
     assert total == pytest.approx(float(parts["path"] + 10 * parts["nats per fibre"]))
-    assert parts["nats per fibre"] == pytest.approx(math.log1p(math.exp(-math.sqrt(2))), rel=1e-5)
+    for how in ("round", "floor"):
+        assert fm.batch_loss(None, counts, c, KEY, arguments("--counts", how))[0] == pytest.approx(0.5, abs=0.01)
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -386,14 +385,13 @@ def test_nan_before_the_first_checkpoint(dataset, tmp_path, monkeypatch):
 def test_what_a_run_leaves(trained):
     folder, result = trained
     assert {path.name for path in folder.iterdir()} == {"model.eqx", "state.eqx", "log.jsonl", "metrics.json", "samples.png",
-                                                        "channels.png", "training.png", "sweep.png"}
+                                                        "channels.png", "training.png"}
     assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
     assert {"script", "detector", "command", "versions", "device", "rows", "parameters", "train_seconds", "step_seconds",
             "ms_per_response", "seen", "unseen"} <= result.keys()
     assert result["rows"] == {"train": 490, "seen": 140, "unseen": 140}
     for part in ("seen", "unseen"):
         assert set(metrics.SCORES) <= result[part].keys() and {"value", "spread", "oracle", "R"} <= result[part]["W"].keys()
-    assert [point["steps"] for point in result["sweep"]] == [1, 2, 4, 8, 11, 16, 32]
     header = common.read_header(folder / "model.eqx")
     assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 13)
     assert header["parameters"] == result["parameters"]
@@ -456,6 +454,26 @@ def test_own_data(kind, dataset, tmp_path):
     assert result["rows"] == {"train": 490, "seen": 140} and result["unseen"] is None
     assert result["seen"]["W"]["R"] is None and "oracle" not in result["seen"]["W"] and result["seen"]["W"]["value"] > 0
     assert losses(tmp_path / "run")[-1]["step"] == 7
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_sweep(oracle, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(fm, "generator", lambda args, net, scaler: lambda particles, seed: np.full((len(particles), 44, 44), args.steps, np.uint16))
+    result = fm.sweep(arguments("--run", tmp_path, "--solver", "rk4"), None, None, dataset, np.arange(50), oracle)
+    assert [point["steps"] for point in result["points"]] == [1, 2, 4, 8, 11, 16, 32]
+    for point in result["points"]:
+        truth = metrics.channels(dataset.responses[:50])
+        assert point["evaluations"] == 4 * point["steps"] + 1 and ("oracle" in point) == oracle
+        assert point["W"] == metrics.wasserstein(truth, metrics.channels(np.full((50, 44, 44), point["steps"])))
+    assert json.loads((tmp_path / "sweep.json").read_text()) == common.plain(result) and (tmp_path / "sweep.png").exists()
+
+
+def test_a_loaded_model_is_only_swept(trained, tmp_path, monkeypatch):
+    swept = []
+    monkeypatch.setattr(fm, "sweep", lambda args, net, scaler, dataset, rows, oracle: swept.append(rows) or "points")
+    assert fm.main([*tiny.FLAGS, "--load", str(trained[0] / "model.eqx"), "--sweep", "--run", str(tmp_path / "run")]) == "points"
+    np.testing.assert_array_equal(swept, [data.split_rows(700, 0)[1]])         # the validation rows
+    assert not (tmp_path / "run").exists()
 
 
 def test_compare(tmp_path, monkeypatch, capsys):
