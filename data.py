@@ -27,6 +27,7 @@ from common import UserError
 
 VERSION = 1           # of the simulated bytes: raised whenever a number below that moves them is changed
 CUT = 10              # photons; the papers' data sets hold no emptier response [P]
+BEAM_GEV = 7100.0     # more than the LHC's protons have: larger energies are in MeV by mistake
 FLIGHT_CM = 11250.0   # from the interaction point to the face of the calorimeters [TDR]
 FEATURES = ("E", "vx", "vy", "vz", "px", "py", "pz", "mass", "charge")   # GeV, cm, GeV, MeV, e
 ROWS = {"zn": 306_780, "zp": 129_676}   # [P]
@@ -528,7 +529,10 @@ def simulated_blocks(name, n, seed=0, fresh=False, quiet=False):
 
 def generate_dataset(name, n, seed=0, fresh=False, quiet=False):
     """The open data set of open_data, simulated."""
-    dataset = Dataset(np.empty((n, *DETECTORS[name].shape), np.uint16), np.empty((n, len(FEATURES)), np.float32), np.empty(n, np.int32))
+    try:
+        dataset = Dataset(np.empty((n, *DETECTORS[name].shape), np.uint16), np.empty((n, len(FEATURES)), np.float32), np.empty(n, np.int32))
+    except MemoryError as error:
+        raise UserError(f"--n {n}: {error}") from None
     filled = 0
     for block in simulated_blocks(name, n, seed, fresh, quiet):
         for whole, part in zip(dataset, block):
@@ -625,17 +629,21 @@ def load(path, name):
 
 def _read_hdf5(path, name=None, needed=("responses", "particles")):
     with open_hdf5(path) as file:
-        for key in needed:
-            if key not in file or not isinstance(file[key], h5py.Dataset):
-                raise UserError(f"{path}: expected the HDF5 data sets {', '.join(needed)}; {key} is missing")
-        if name and file.attrs.get("detector", name) != name:
-            raise UserError(f"{path}: holds {file.attrs['detector']} data, not {name}; see --detector")
         try:
-            arrays = [file[key][:] for key in needed]
-            pdg = file["pdg"][:] if "pdg" in file else np.zeros(len(arrays[-1]))
-        except OSError as error:
+            here = [key for key in (*needed, "pdg") if isinstance(file.get(key), h5py.Dataset)]
+            if "pdg" in file and "pdg" not in here:
+                raise ValueError("pdg is not a data set")
+            made_for = file.attrs.get("detector", name)
+            arrays = {key: np.asarray(file[key][()]) for key in here}
+        except Exception as error:   # h5py raises nearly every type of error on a damaged file
             raise UserError(f"{path}: damaged HDF5 file: {error}") from None
-    return *arrays, _check_pdg(path, pdg)
+    missing = [key for key in needed if key not in here]
+    if missing:
+        raise UserError(f"{path}: expected the HDF5 data sets {', '.join(needed)}; {missing[0]} is missing")
+    if name and made_for != name:
+        raise UserError(f"{path}: holds {made_for} data, not {name}; see --detector")
+    pdg = arrays.get("pdg", np.zeros(arrays["particles"].shape[:1]))
+    return *(arrays[key] for key in needed), _check_pdg(path, pdg)
 
 
 def open_hdf5(path):
@@ -665,12 +673,13 @@ def _npz_array(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["arr_0"]
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+    except (ValueError, OSError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
         raise UserError(f"{path}: expected an npz file with a plain array under the key arr_0") from None
 
 
 def _check_pdg(path, pdg):
-    if pdg.ndim != 1 or pdg.dtype.kind not in "iuf" or not np.array_equal(pdg, np.rint(pdg)):
+    """int32 (N,)."""
+    if pdg.ndim > 1 or pdg.dtype.kind not in "iuf" or not (np.abs(pdg.astype(np.float64)) < 2**31).all() or not np.array_equal(pdg, np.rint(pdg)):
         raise UserError(f"{path}: PDG ids must be one column of whole numbers")
     return pdg.astype(np.int32)
 
@@ -694,7 +703,7 @@ def check_particles(path, particles):
     """float32 (N, 9) features in the units of FEATURES.
 
     Raises UserError for another shape, values that are not finite, and energies that do not fit E^2 = p^2 + m^2 within 2 %
-    (momenta in MeV or masses in GeV, for instance).
+    (momenta in MeV or masses in GeV, for instance) or exceed the beam's.
     """
     if particles.ndim != 2 or particles.shape[1] != len(FEATURES) or particles.dtype.kind not in "iuf":
         raise UserError(f"{path}: particles must be numbers of the shape (N, 9): {', '.join(FEATURES)}; "
@@ -707,11 +716,13 @@ def check_particles(path, particles):
         raise UserError(f"{path}: particle row {bad.argmax()} holds NaN or infinity")
     energy, momentum, mass = wide[:, 0], wide[:, 4:7], wide[:, 7] / 1000
     expected = np.sqrt((momentum**2).sum(1) + mass**2)
-    bad = (energy <= 0) | (mass < 0) | (np.abs(energy - expected) > 0.02 * np.maximum(energy, 1e-9)) | (momentum[:, 2] == 0)
+    bad = (energy <= 0) | (mass < 0) | (np.abs(energy - expected) > 0.02 * np.maximum(energy, 1e-9))
+    bad |= (energy > BEAM_GEV) | (np.abs(momentum[:, 2]) <= 1e-6 * energy)
+    bad |= (mass > 1e-6) & (mass < 0.1) & (np.abs(mass - 0.000511) > 1e-6)   # in GeV by mistake: only the electron is so light
     if bad.any():
         row = int(bad.argmax())
         raise UserError(f"{path}: particle row {row} has E = {energy[row]:g} but sqrt(p^2 + m^2) = {expected[row]:g} GeV with "
-                        f"pz = {momentum[row, 2]:g}; expected E and p in GeV, mass in MeV, pz not 0")
+                        f"pz = {momentum[row, 2]:g}, mass = {wide[row, 7]:g} MeV; expected E and p in GeV up to {BEAM_GEV:g}, mass in MeV, pz not 0")
     return particles.astype(np.float32)
 
 
@@ -726,11 +737,14 @@ def read_particles(path):
     elif path.suffix == ".npz":
         table = _npz_array(path)
         wide = table.ndim == 2 and table.shape[1] == 10
-        particles, pdg = (table[:, :9], table[:, 9]) if wide else (table, np.zeros(len(table)))
+        particles, pdg = (table[:, :9], table[:, 9]) if wide else (table, np.zeros(table.shape[:1]))
         pdg = _check_pdg(path, pdg)
     else:
         particles, pdg = _read_hdf5(path, needed=("particles",))
-    return check_particles(path, particles), pdg
+    particles = check_particles(path, particles)
+    if pdg.shape != (len(particles),):
+        raise UserError(f"{path}: PDG ids of the shape {pdg.shape} for {len(particles)} particles")
+    return particles, pdg
 
 
 def _read_csv(path):
@@ -857,9 +871,9 @@ def _row(name, published, ours, relative=0.0, absolute=0.0):
     """A row of the table; in the band if ours is within relative x published, or within absolute, of the published figure."""
     width = relative * abs(published) + absolute
     band = f"{100 * relative:.0f} %" if relative else f"{absolute:g}"
-    known = ours is not None
-    return {"row": name, "published": float(published), "ours": float(ours) if known else None, "band": band,
-            "in": bool(abs(ours - published) <= width) if known else None}
+    ours = None if ours is None else float(ours)
+    return {"row": name, "published": float(published), "ours": ours, "band": band,
+            "in": None if ours is None else abs(ours - published) <= width}
 
 
 def _moments(particles, names, published, where):

@@ -275,7 +275,7 @@ class PaperUNet(eqx.Module):
 
 
 NETWORKS = {"paper": PaperUNet,
-            "compact": partial(Dense, width=64, depth=2, down=4, up=4, hidden=48, embedding=40),
+            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=48, embedding=32),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
@@ -461,10 +461,8 @@ def train(args, dataset, rows, scaler):
     A plain loop over epochs. The order of the rows and all noise follow from --seed and the number of the step, so a run that
     is cut off and continued with --resume ends in the same numbers. The state is saved once a minute.
     """
-    conditions = data.conditions(dataset.particles, scaler)
+    mesh, conditions = common.batch_mesh(args.devices), data.conditions(dataset.particles, scaler)
     per_epoch = len(rows) // args.batch_size
-    if not per_epoch:
-        raise UserError(f"--batch-size {args.batch_size}: larger than the {len(rows)} training rows")
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
     net = make_network(args, conditions.shape[1], model_key)
@@ -475,10 +473,9 @@ def train(args, dataset, rows, scaler):
     if args.resume:
         done, seconds, state = restore(args, header, state)
     common.cut_log(args.run, done if args.resume else -1)
-    mesh = common.batch_mesh(args.devices)
     state, step = common.replicate(state, mesh), make_step(args, optimiser)
     began = saved = time.perf_counter()
-    step_times = []
+    step_times, checkpoint = [], args.run / "state.eqx" if done else "none"
     with common.progress(args.epochs * per_epoch, f"training fm on {args.detector}", args.quiet) as bar:
         bar.update(done)
         for epoch in range(done // per_epoch, args.epochs):
@@ -492,12 +489,12 @@ def train(args, dataset, rows, scaler):
                     continue                                                   # the device is asked for numbers only now and then
                 losses = {name: float(value) for name, value in losses.items()}
                 now = time.perf_counter()
-                common.check_finite(sum(losses.values()), done, args.run / "state.eqx")
+                common.check_finite(sum(losses.values()), done, checkpoint)
                 common.log_line(args.run, {"step": done, "epoch": epoch, "seconds": seconds + now - began} | losses)
                 step_times.append(now)
                 if now - saved > 60 or done == args.epochs * per_epoch:
                     common.save_checkpoint(args.run / "state.eqx", header | {"step": done, "seconds": seconds + now - began}, state)
-                    saved = now
+                    saved, checkpoint = now, args.run / "state.eqx"
     seconds += time.perf_counter() - began
     return state.ema, {"train_seconds": seconds, "step_seconds": float(np.median(np.diff(step_times))) / 50 if len(step_times) > 1 else None}
 
@@ -652,7 +649,9 @@ def load_model(args):
     header = common.read_header(args.load)
     if (header.get("script"), header.get("detector")) != ("fm", args.detector):
         raise UserError(f"{args.load}: made by {header.get('script')} for {header.get('detector')}, expected fm for {args.detector}")
-    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond")})
+    if "scaler" not in header:
+        raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
+    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "seed", "split")})
     scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
     like = make_network(args, len(scaler.mean), jax.random.key(0))
     return common.load_checkpoint(args.load, like, "fm", args.detector)[1], scaler, header
@@ -667,12 +666,16 @@ def main(argv=None):
         return compare(args)
     if args.generate and not args.load:
         raise UserError("--generate needs --load, a checkpoint such as weights/fm-zn.eqx")
+    if args.load and args.resume:
+        raise UserError("--resume continues a training, it does not go with --load")
     if args.load:
         net, scaler, header = load_model(args)
         if args.generate:
             return generate_file(args, net, scaler)
     dataset = data.load(args.data, args.detector) if args.data else data.open_data(args.detector, args.n, args.seed, quiet=args.quiet)
     split = data.split_particles(dataset.particles, args.seed) if args.split == "particles" else data.split_rows(len(dataset.pdg), args.seed)
+    if not args.load and not 2 <= args.batch_size <= len(split[0]):
+        raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
     if args.load:
         times = {name: header["scores"][name] for name in ("train_seconds", "step_seconds")}
     else:
@@ -704,10 +707,11 @@ def report(args, net, scaler, dataset, split, times):
         result[name], real, generated = score(args, generate, source, rows, oracle, f"{name} particles")
         if name == "seen" or args.split == "particles":
             plot(args, real, generated, source, rows)
-    common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": training_flags(args),
+    if not args.load:
+        common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": training_flags(args),
                            "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net)
     common.write_json(args.run / "metrics.json", result)
-    print(f"written: {args.run}/model.eqx, metrics.json, samples.png, channels.png, training.png")
+    print(f"written: {args.run}/")
     return result
 
 

@@ -170,10 +170,8 @@ def test_without_scikit_learn(no_sklearn, dataset, tmp_path, capsys):
 
 
 def test_same_seed_same_numbers(no_sklearn, tmp_path):
-    run = lambda seed: without_times(channels.main([*TINY, "--run", str(tmp_path), "--seed", seed]))
-    first, second, other = map(run, "334")
+    first, second = (without_times(channels.main([*TINY, "--run", str(tmp_path)])) for _ in range(2))
     assert first == second
-    assert first["flow matching"] != other["flow matching"]
 
 
 def test_a_file_is_scored_beside_its_floor(no_sklearn, dataset, tmp_path):

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,7 +26,8 @@ common.run(fm.main)
 
 def start(folder, patches, flags):
     code = CHILD.format(patches=patches)
-    return subprocess.Popen([sys.executable, "-c", code, *tiny.FLAGS, *flags], cwd=folder, text=True, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", code, *tiny.FLAGS, *flags]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE)
 
 
 def kill_when(child, ready):
@@ -54,13 +56,13 @@ def small(monkeypatch, tmp_path):
 
 
 def test_killed_run_resumes(tmp_path, monkeypatch):
-    flags = ["--batch-size", "16", "--epochs", "9"]                            # 270 steps, a log line and a state every 50
+    flags = ["--batch-size", "16", "--epochs", "9"]                            # 270 steps, saved every 50
     log = tmp_path / "cut" / "log.jsonl"
     child = start(tmp_path, "fm.time = tiny.clock(pause=0.3)", [*flags, "--run", "cut"])
     kill_when(child, lambda: log.exists() and log.read_text().count("\n") >= 3)
     assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] in (50, 100, 150)
     with open(log, "a") as file:
-        file.write('{"step": 151, "pa')                                        # as a kill in the middle of a line leaves it
+        file.write('{"step": 151, "pa')                                        # killed in the middle of a line
     fm.main([*tiny.FLAGS, *flags, "--run", "cut", "--resume"])
     fm.main([*tiny.FLAGS, *flags, "--run", "whole"])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
@@ -74,8 +76,8 @@ def test_killed_generation(tmp_path, existing):
     dataset = data.open_data("zn", 700, quiet=True)
     data.save(tmp_path / "list.h5", dataset)
     scaler = data.fit_conditions(dataset.particles, args.cond)
-    common.save_checkpoint(tmp_path / "model.eqx", {"script": "fm", "detector": "zn", "flags": fm.training_flags(args),
-                                                    "scaler": scaler._asdict()}, fm.make_network(args, 13, fm.jax.random.key(0)))
+    header = {"script": "fm", "detector": "zn", "flags": fm.training_flags(args), "scaler": scaler._asdict()}
+    common.save_checkpoint(tmp_path / "model.eqx", header, fm.make_network(args, 13, jax.random.key(0)))
     if existing:
         out.write_bytes(existing)
     # two blocks are in the file when it is killed

@@ -1,4 +1,4 @@
-"""Makes the runs of tests small: a network of a few thousand weights, one generation, one timing, a token classifier."""
+"""Makes the runs of tests small: a tiny network, one generation, one timing, a token classifier."""
 import itertools
 import time
 from functools import partial
@@ -13,7 +13,8 @@ FLAGS = ["--net", "tiny", "--n", "700", "--epochs", "1", "--batch-size", "64", "
 
 def shrink(put=setattr):
     """`put` is setattr or a monkeypatch's."""
-    put(fm, "NETWORKS", fm.NETWORKS | {"tiny": partial(fm.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)})
+    small = partial(fm.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
+    put(fm, "NETWORKS", fm.NETWORKS | {"tiny": small})
     put(fm, "GENERATIONS", 1)
     put(fm, "BLOCK", 64)
     put(common, "time_sampler", partial(common.time_sampler, sizes=(64,), repeats=1))
@@ -21,7 +22,7 @@ def shrink(put=setattr):
 
 
 def clock(pause=0.0):
-    """Stands in for the module time inside fm.py: each look at it comes 61 s after the last, so that every log line saves."""
+    """Stands in for the module time in fm.py: 61 s pass between two looks at it, so that every log line saves."""
     ticks = itertools.count(0, 61)
 
     def perf_counter():
