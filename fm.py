@@ -651,7 +651,7 @@ def load_model(args):
         raise UserError(f"{args.load}: made by {header.get('script')} for {header.get('detector')}, expected fm for {args.detector}")
     if "scaler" not in header:
         raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
-    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "seed", "split")})
+    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "split")})
     scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
     like = make_network(args, len(scaler.mean), jax.random.key(0))
     return common.load_checkpoint(args.load, like, "fm", args.detector)[1], scaler, header
@@ -672,8 +672,9 @@ def main(argv=None):
         net, scaler, header = load_model(args)
         if args.generate:
             return generate_file(args, net, scaler)
-    dataset = data.load(args.data, args.detector) if args.data else data.open_data(args.detector, args.n, args.seed, quiet=args.quiet)
-    split = data.split_particles(dataset.particles, args.seed) if args.split == "particles" else data.split_rows(len(dataset.pdg), args.seed)
+    seed = header["flags"]["seed"] if args.load else args.seed                  # a loaded model meets its own test rows
+    dataset = data.load(args.data, args.detector) if args.data else data.open_data(args.detector, args.n, seed, quiet=args.quiet)
+    split = data.split_particles(dataset.particles, seed) if args.split == "particles" else data.split_rows(len(dataset.pdg), seed)
     if not args.load and not 2 <= args.batch_size <= len(split[0]):
         raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
     if args.load:

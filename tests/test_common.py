@@ -336,9 +336,9 @@ def test_a_script_may_have_fewer_flags():
 
 @pytest.mark.parametrize("flags, message", [
     ("--detector zx", "argument --detector: invalid choice: 'zx'"),
-    ("--n 0", "argument --n: must be at least 1, got 0"),
+    ("--n 0", "argument --n: must be between 1 and 1000000000, got 0"),
     ("--n many", "argument --n: invalid int value: 'many'"),
-    ("--epochs -1", "argument --epochs: must be at least 1"),
+    ("--epochs -1", "argument --epochs: must be between 1 and 1000000"),
     ("--lr nan", "argument --lr: must be between 0 and 1, got nan"),
     ("--lr inf", "argument --lr: must be between 0 and 1"),
     ("--seed 4294967296", "argument --seed: must be between 0 and 4294967295"),
