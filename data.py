@@ -15,6 +15,7 @@ Sources named below: [P] statistics published with the papers (README, "The data
 import io
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -673,7 +674,7 @@ def _npz_array(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["arr_0"]
-    except (ValueError, OSError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
+    except (ValueError, OSError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: expected an npz file with a plain array under the key arr_0") from None
 
 

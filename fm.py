@@ -481,6 +481,7 @@ def train(args, dataset, rows, scaler):
         for epoch in range(done // per_epoch, args.epochs):
             order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
             for batch_rows in order[done % per_epoch:]:
+                batch_rows = np.split(batch_rows, jax.process_count())[jax.process_index()]   # those of this host
                 batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
                 state, losses = step((*batch, train_key, np.int32(done)), state)
                 done += 1
@@ -491,12 +492,13 @@ def train(args, dataset, rows, scaler):
                 now = time.perf_counter()
                 common.check_finite(sum(losses.values()), done, checkpoint)
                 common.log_line(args.run, {"step": done, "epoch": epoch, "seconds": seconds + now - began} | losses)
-                step_times.append(now)
+                step_times.append((done, now))
                 if now - saved > 60 or done == args.epochs * per_epoch:
                     common.save_checkpoint(args.run / "state.eqx", header | {"step": done, "seconds": seconds + now - began}, state)
                     saved, checkpoint = now, args.run / "state.eqx"
     seconds += time.perf_counter() - began
-    return state.ema, {"train_seconds": seconds, "step_seconds": float(np.median(np.diff(step_times))) / 50 if len(step_times) > 1 else None}
+    per_step = [(b - a) / (n - m) for (m, a), (n, b) in zip(step_times, step_times[1:])]
+    return state.ema, {"train_seconds": seconds, "step_seconds": float(np.median(per_step)) if per_step else None}
 
 
 def training_flags(args):
@@ -629,6 +631,8 @@ def compare(args):
 
 def generate_file(args, net, scaler):
     """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
+    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
+        raise UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
     particles, pdg = data.read_particles(args.generate)
     generate = generator(args, net, scaler)
     chunk = 32 * BLOCK
@@ -653,7 +657,7 @@ def load_model(args):
         raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
     vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "split")})
     scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
-    like = make_network(args, len(scaler.mean), jax.random.key(0))
+    like = eqx.filter_eval_shape(make_network, args, len(scaler.mean), jax.random.key(0))   # compiles nothing
     return common.load_checkpoint(args.load, like, "fm", args.detector)[1], scaler, header
 
 
@@ -678,27 +682,27 @@ def main(argv=None):
     if not args.load and not 2 <= args.batch_size <= len(split[0]):
         raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
     if args.load:
-        times = {name: header["scores"][name] for name in ("train_seconds", "step_seconds")}
+        trained, times = header["flags"], {name: header["scores"][name] for name in ("train_seconds", "step_seconds")}
     else:
-        scaler = data.fit_conditions(dataset.particles[split[0]], args.cond)
+        trained, scaler = training_flags(args), data.fit_conditions(dataset.particles[split[0]], args.cond)
         net, times = train(args, dataset, split[0], scaler)
     if args.sweep:
         found = sweep(args, net, scaler, dataset, split[1], args.data is None)
         if args.load:
             return found
-    return report(args, net, scaler, dataset, split, times)
+    return report(args, net, scaler, dataset, split, trained, times)
 
 
-def report(args, net, scaler, dataset, split, times):
+def report(args, net, scaler, dataset, split, trained, times):
     """Score seen and unseen particles, write the run folder, return metrics.json."""
     generate, oracle = generator(args, net, scaler), args.data is None
     test = {"unseen" if args.split == "particles" else "seen": (dataset, split[2])}
     if oracle and args.split == "rows":
         rows = min(len(split[2]), 20_000)
-        fresh = data.open_data(args.detector, rows, args.seed, fresh=True, quiet=args.quiet)
+        fresh = data.open_data(args.detector, rows, trained["seed"], fresh=True, quiet=args.quiet)
         test["unseen"] = fresh, np.arange(rows)
     result = {"script": "fm", "detector": args.detector, "command": command(),
-              "versions": common.versions(), "device": common.device_name(), "flags": training_flags(args),
+              "versions": common.versions(), "device": common.device_name(), "flags": trained,
               "rows": {"train": len(split[0])} | {name: len(rows) for name, (_, rows) in test.items()},
               **network_cost(net, len(scaler.mean), data.DETECTORS[args.detector].shape), "steps": args.steps, "solver": args.solver,
               "evaluations": evaluations(args), **times, **sampling_times(args, net, len(scaler.mean)), "seen": None, "unseen": None}
@@ -709,7 +713,7 @@ def report(args, net, scaler, dataset, split, times):
         if name == "seen" or args.split == "particles":
             plot(args, real, generated, source, rows)
     if not args.load:
-        common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": training_flags(args),
+        common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": trained,
                            "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
@@ -729,7 +733,7 @@ def plot(args, real, generated, source, rows):
     titles = [f"{data.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
     common.plot_samples(args.run / "samples.png", {"data": real[columns], "model": generated[columns]}, titles)
     common.plot_channels(args.run / "channels.png", metrics.channels(real), metrics.channels(generated))
-    if records := common.read_log(args.run):
+    if not args.load and (records := common.read_log(args.run)):
         common.plot_training(args.run / "training.png", records)
 
 

@@ -212,6 +212,8 @@ CASES = {   # flags: what the line must name
         "plain")},
     "--data set.h5 --detector zp": "set.h5",
     "--data set.h5": "--batch-size",
+    "--load good.eqx --generate list.h5 --out good.eqx": "good.eqx",
+    "--load good.eqx --generate list.h5 --out ./list.h5": "list.h5",
 }
 
 

@@ -1,5 +1,10 @@
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,6 +328,36 @@ def test_bf16(dataset, tmp_path):
     assert losses(tmp_path / "bf16")[-1] == pytest.approx(losses(tmp_path / "f32")[-1], rel=0.05)
 
 
+def test_seconds_of_a_step(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(fm, "time", tiny.clock())
+    args, rows = arguments("--run", tmp_path, "--batch-size", 16, "--epochs", 2), np.arange(489)
+    times = fm.train(args, dataset, rows, data.fit_conditions(dataset.particles, args.cond))[1]
+    assert times["step_seconds"] == pytest.approx(6.1)                         # 61 s between steps 50 and 60
+
+
+HOST = f"""
+import sys
+sys.path[:0] = [{str(Path(fm.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
+import common, fm, tiny
+tiny.shrink()
+fm.report = lambda *args: None
+common.run(fm.main)
+"""
+
+
+def test_two_hosts(trained, tmp_path):
+    """Each host takes its own half of every batch: the losses are those of one host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"ZDC_COORDINATOR": f"localhost:{port}", "ZDC_PROCESSES": "2", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", HOST, *tiny.FLAGS, "--devices", "2", "--run", str(tmp_path)]
+    hosts = [subprocess.Popen(command, env=environment | {"ZDC_PROCESS_ID": str(i)}) for i in range(2)]
+    assert [host.wait(timeout=200) for host in hosts] == [0, 0]
+    for one, two in zip(losses(trained[0]), losses(tmp_path), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
 class Cut(Exception):
     pass
 
@@ -416,7 +451,7 @@ def test_saved_and_loaded(trained, tmp_path):
     folder, result = trained
     weights = folder / "model.eqx"
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    again = fm.main([*tiny.FLAGS, "--net", "dense", "--load", str(weights), "--run", str(tmp_path)])
+    again = fm.main([*tiny.FLAGS, "--net", "dense", "--lr", "0.5", "--load", str(weights), "--run", str(tmp_path)])
     assert (again["seen"], again["unseen"]) == (result["seen"], result["unseen"])
     assert again["flags"] == result["flags"] and again["train_seconds"] == result["train_seconds"]
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
@@ -437,12 +472,21 @@ def test_scoring_keeps_the_model_of_the_run(trained, tmp_path):
     assert (tmp_path / "model.eqx").read_text() == '"another model"\n'
 
 
+def random_network(make_network, *args):
+    """A network of the right shapes, with weights from NumPy."""
+    shapes, rng = eqx.filter_eval_shape(make_network, *args), np.random.default_rng(0)
+    array = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+    return jax.tree.map(lambda leaf: array(leaf) if hasattr(leaf, "dtype") else leaf, shapes)
+
+
 # Every network, way to counts, solver and detector; all of their combinations are traced above.
 @pytest.mark.parametrize("flags", [
-    "zp --net paper --counts sample --solver euler", "zn --net compact --counts floor --solver midpoint",
-    "zp --net dense --counts round --solver rk4", "zp --net tiny --split particles --schedule cosine",
-    "zn --net tiny --cond raw --precision bf16 --counts round"])
-def test_every_kind_of_run(flags, tmp_path):
+    "zp --net paper --counts sample --solver euler --n 60 --batch-size 16",
+    "zn --net compact --counts floor --solver midpoint", "zp --net dense --counts round --solver rk4",
+    "zp --net tiny --split particles --schedule cosine", "zn --net tiny --cond raw --precision bf16 --counts round"])
+def test_every_kind_of_run(flags, tmp_path, monkeypatch):
+    if "paper" in flags:                                                       # its start takes long to compile
+        monkeypatch.setattr(fm, "make_network", partial(random_network, fm.make_network))
     result = fm.main([*tiny.FLAGS, "--steps", "1", "--run", str(tmp_path), "--detector", *flags.split()])
     part = "unseen" if "particles" in flags else "seen"
     assert result[part]["W"]["value"] > 0 and result[part]["W"]["oracle"] > 0
