@@ -15,7 +15,6 @@ particles it is as good as the simulator, so a low W there says little.
 Prints W and MAE of every model beside the W of the paper (Table 6) and the oracle, for seen and unseen particles;
 writes runs/channels-zn/metrics.json. Boosting, trees and neighbours need scikit-learn: pip install '.[baselines]'.
 """
-import sys
 import time
 
 import equinox as eqx
@@ -211,10 +210,9 @@ def fit(model, args, training, validation):
         return MISSING, None
 
 
-def split(args, dataset):
-    """Three data sets: training, validation, test. UserError where a part has less than 25 rows (of 25 neighbours)."""
-    parts = (data.split_particles(dataset.particles, args.seed) if args.split == "particles"
-             else data.split_rows(len(dataset.pdg), args.seed))
+def split(dataset, parts):
+    """Training, validation and test set of the row numbers `parts`. UserError where one has less than 25 rows (of 25
+    neighbours)."""
     if min(map(len, parts)) < 25:
         raise UserError(f"{len(dataset.pdg)} rows are too few, expected 25 to train, to validate and to test")
     return [data.Dataset(*(field[rows] for field in dataset)) for rows in parts]
@@ -230,7 +228,7 @@ def direct_estimates(dataset, name, seed=0):
     a missing scikit-learn. They are no generative models, so they tell how hard a data set is. 306 780 rows take about
     two minutes."""
     args = flags().parse_args(["--detector", name, "--seed", str(seed), "--quiet"])
-    training, validation, (particles, truth) = map(pair, split(args, dataset))
+    training, validation, (particles, truth) = map(pair, split(dataset, data.split_rows(len(dataset.pdg), seed)))
     found = {label: fit(model, args, training, validation)[1] for label, model in REGRESSIONS.items()}
     return {label: predict and metrics.wasserstein(truth, predict(particles)) for label, predict in found.items()}
 
@@ -252,15 +250,6 @@ def reference(args, dataset):
     return scores(truth[left], truth[right]) if len(left) else dict.fromkeys(("W", "MAE"), np.nan)
 
 
-def test_sets(args, test):
-    """{"seen" or "unseen": (particles, sums, scores of the reference)}; both on the open data split by rows."""
-    sets = {"unseen" if args.split == "particles" else "seen": test}
-    if args.data is None and args.split == "rows":
-        rows = min(len(test.pdg), 20_000)
-        sets["unseen"] = data.open_data(args.detector, rows, args.seed, fresh=True, quiet=args.quiet)
-    return {name: (*pair(part), reference(args, part)) for name, part in sets.items()}
-
-
 def report(args, name, setting, seconds, found):
     """Print a row of the table; return its entry in metrics.json. found: {"seen": (scores, the reference's), ...}."""
     published = PUBLISHED.get(name, (None, None))[args.detector == "zp"]
@@ -278,10 +267,10 @@ def main(argv=None):
     """Fit and score every model. Returns what metrics.json holds."""
     args = flags().parse_args(argv)
     common.enable_compilation_cache()
-    dataset = (data.load(args.data, args.detector) if args.data
-               else data.open_data(args.detector, args.n, args.seed, quiet=args.quiet))
-    training, validation, test = split(args, dataset)
-    training, validation, tests = pair(training), pair(validation), test_sets(args, test)
+    dataset, parts = data.open_split(args, args.seed)
+    training, validation, _ = map(pair, split(dataset, parts))
+    tests = {name: (*pair(test), reference(args, test))
+             for name, test in data.test_sets(args, dataset, parts[2], args.seed).items()}
     rows = {name: len(part[0]) for name, part in {"train": training, "validation": validation, **tests}.items()}
     print(f"{args.detector.upper()}, channel sums;", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
     titles = ("paper W", "W", "R", "MAE", "unseen W", "R", "MAE", "fit s")
@@ -296,7 +285,7 @@ def main(argv=None):
                  for test, (particles, truth, floor) in tests.items() if predict}
         models[name] = report(args, name, setting, seconds, found)
     result = {"script": "channels", "detector": args.detector,
-              "command": "python " + " ".join(["channels.py", *sys.argv[1:]]), "versions": common.versions(),
+              "command": args.command, "versions": common.versions(),
               "device": common.device_name(), "flags": common.plain(vars(args)), "rows": rows, "models": models}
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/metrics.json")

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import sys
 import time
 import zlib
@@ -82,7 +83,7 @@ def number(kind, low, high=math.inf):
 FLAGS = {
     "detector": dict(choices=("zn", "zp"), default="zn", help="neutron or proton calorimeter"),
     "data": dict(type=Path, metavar="PATH", help="HDF5 file, or the papers' npz pair; without it the open data set"),
-    "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the data set to use"),
+    "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the open data set; --data has its own"),
     "split": dict(choices=("rows", "particles"), default="rows",
                   help="70:10:20 split into train, validation and test, by rows or by whole particles"),
     "cond": dict(choices=("raw", "physics"), default="physics",
@@ -91,7 +92,7 @@ FLAGS = {
     "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS", help="responses per training step"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate per step"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="fixes every random number of the run"),
-    "steps": dict(type=number(int, 1, 10**4), default=11, metavar="N", help="steps of the sampler"),
+    "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
     "load": dict(type=Path, metavar="FILE", help="checkpoint to score or to generate with, instead of training"),
     "resume": dict(action="store_true", help="continue the run that was cut off in --run"),
     "generate": dict(type=Path, metavar="FILE", help="particle list to generate responses for; needs --out"),
@@ -104,13 +105,15 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and defaults that may depend on the detector."""
+    """argparse with errors of one line, defaults that may depend on the detector, and the command line as `command`."""
 
     def error(self, message):
         sys.exit(_fail(f"{message} (--help lists the flags)"))
 
     def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
         args = super().parse_args(args, namespace)
+        args.command = shlex.join(["python", f"{args.script}.py", *words])
         for name, value in vars(args).items():
             if isinstance(value, dict):
                 setattr(args, name, value[args.detector])
@@ -125,7 +128,7 @@ def parser(doc, script=None, flags=tuple(FLAGS), **defaults):
     """The command line of a script: the shared `flags` it has, with its own `defaults` and the text `doc` for --help.
 
     A default may be a dict {"zn": ..., "zp": ...}. `script` (the running file's name if None) names the run folder
-    and stands in `args.script`. The script adds flags of its own with `add_argument`.
+    and stands in `args.script`, the whole line in `args.command`. The script adds its own flags with `add_argument`.
     """
     if unknown := defaults.keys() - set(flags):
         raise TypeError(f"defaults for flags that the script does not have: {unknown}")
@@ -168,8 +171,7 @@ def write_atomic(path):
     """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and vanishes if it fails.
 
     A kill or a full disk in the middle leaves the old file as it was. UserError if `path` is a folder or a device,
-    and for every OSError on the way. HDF5 crashes at exit after a failed write: build such a file in memory
-    (h5py.File(io.BytesIO(), "w")) and write its bytes here.
+    and for every OSError on the way. HDF5 files go through data.save_blocks, since HDF5 crashes after a failed write.
     """
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
     if path.exists() and not path.is_file():
@@ -243,20 +245,34 @@ def cut_log(folder, step=-1):
 # One JSON line, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No pickle, so a checkpoint
 # from a stranger can be loaded; a checksum in the JSON line finds every truncated, extended or altered file.
 
+def cast(tree, dtype):
+    """`tree` with its floating-point arrays, or their shapes, in another type."""
+    def change(leaf):
+        if not eqx.is_inexact_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(dtype) if eqx.is_array(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.tree.map(change, tree)
+
+
 @first_host_only
-def save_checkpoint(path, header, tree):
-    """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`."""
+def save_checkpoint(path, header, tree, half=False):
+    """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`.
+
+    `half`: weights as float16, half the size. Loaded again they are cast(cast(tree, float16), float32).
+    """
     leaves = io.BytesIO()
-    eqx.tree_serialise_leaves(leaves, tree, filter_spec=_save_leaf)
-    header = plain({"format": FORMAT} | header | {"versions": versions()})
+    eqx.tree_serialise_leaves(leaves, cast(tree, jnp.float16) if half else tree, filter_spec=_save_leaf)
+    header = plain({"format": FORMAT, "half": half} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
     with write_atomic(path) as temporary:
         temporary.write_bytes(line.encode() + b"\n" + leaves.getvalue())
 
 
-def read_header(path):
-    """The header of a checkpoint, a dict. UserError if the file is missing, damaged or something else."""
-    return _read_checkpoint(path)[0]
+def read_header(path, script=None, detector=None):
+    """The header of a checkpoint, a dict. UserError as load_checkpoint."""
+    return _read_checkpoint(path, script, detector)[0]
 
 
 def load_checkpoint(path, like, script=None, detector=None):
@@ -265,21 +281,28 @@ def load_checkpoint(path, like, script=None, detector=None):
     UserError if the file is missing or damaged, if it is of another `script` or `detector`, or if it holds other
     arrays than `like`.
     """
-    header, leaves = _read_checkpoint(path)
-    for name, expected in (("script", script), ("detector", detector)):
-        if expected not in (None, header.get(name)):
-            raise UserError(f"{path}: made by {name} {header.get(name)}, expected {name} {expected}")
-    stream = io.BytesIO(leaves)
+    header, leaves = _read_checkpoint(path, script, detector)
+    stream, half = io.BytesIO(leaves), header.get("half", False)
     try:
-        tree = eqx.tree_deserialise_leaves(stream, like, filter_spec=_load_leaf)
+        tree = eqx.tree_deserialise_leaves(stream, cast(like, jnp.float16) if half else like, filter_spec=_load_leaf)
     except RuntimeError as error:
         raise UserError(f"{path}: holds other arrays than this model and these flags expect: {error}") from error
     if stream.read(1):
         raise UserError(f"{path}: holds more arrays than this model and these flags expect")
-    return header, tree
+    return header, cast(tree, jnp.float32) if half else tree
 
 
-def _read_checkpoint(path):
+def resume(path, header, like):
+    """load_checkpoint of the state of a run that was cut off; UserError if its script, detector, flags or rows differ from
+    those of `header`, which this run saves with its own states."""
+    found, tree = load_checkpoint(path, like, header["script"], header["detector"])
+    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != value]
+    if changed or found["rows"] != header["rows"]:
+        raise UserError(f"{path}: --resume needs the flags of the first run; different: {', '.join(changed) or 'rows of the data'}")
+    return found, tree
+
+
+def _read_checkpoint(path, script, detector):
     """(header, bytes of the leaves) of a checkpoint file, checked."""
     try:
         line, _, leaves = Path(path).read_bytes().partition(b"\n")
@@ -293,6 +316,9 @@ def _read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint, expected a first line of JSON with format {FORMAT}")
     if header.pop("crc32", None) != _checksum(header, leaves):
         raise UserError(f"{path}: damaged, expected the header and {len(leaves)} bytes of arrays to match the checksum")
+    for name, expected in (("script", script), ("detector", detector)):
+        if expected not in (None, header.get(name)):
+            raise UserError(f"{path}: made by {name} {header.get(name)}, expected {name} {expected}")
     return header, leaves
 
 
@@ -421,6 +447,15 @@ def _seconds(function, argument):
     start = time.perf_counter()
     jax.block_until_ready(function(argument))
     return time.perf_counter() - start
+
+
+def network_cost(net, *inputs):
+    """{"parameters", "mflop"}: trainable numbers, and 10^6 floating-point operations of net(*inputs) as XLA counts them.
+    `inputs` are the shapes of one example's."""
+    arrays, rest = eqx.partition(net, eqx.is_array)
+    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in inputs]
+    call = jax.jit(lambda arrays, *inputs: eqx.combine(arrays, rest)(*inputs))
+    return {"parameters": count_parameters(net), "mflop": call.lower(arrays, *inputs).compile().cost_analysis()["flops"] / 1e6}
 
 
 def count_parameters(tree):

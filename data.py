@@ -31,6 +31,7 @@ CUT = 10              # photons; the papers' data sets hold no emptier response 
 BEAM_GEV = 7100.0     # more than the LHC's protons have: larger energies are in MeV by mistake
 FLIGHT_CM = 11250.0   # from the interaction point to the face of the calorimeters [TDR]
 FEATURES = ("E", "vx", "vy", "vz", "px", "py", "pz", "mass", "charge")   # GeV, cm, GeV, MeV, e
+UNSEEN = 20_000       # rows of fresh particles to test on, at most
 ROWS = {"zn": 306_780, "zp": 129_676}   # [P]
 
 
@@ -359,8 +360,8 @@ def _haze(rng, at, lost, x):
 
 # ------------------------------------------------------------------------------------------------------ showers and light
 
-# Lateral profiles, PROFILES[Lights.profile], as sums of (share of the light, scale in cm in tungsten, law): "exp" is exp(-r / scale) in the plane,
-# "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters, hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third
+# Lateral profiles, PROFILES[Lights.profile], as sums of (share of the light, scale in cm in tungsten, law): "exp" is
+# exp(-r / scale) in the plane, "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters, hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third
 # of its light within +-1 fibre, a 1000-photon neutron has a peak of 30 to 60 and a halo over +-10 fibres [P].
 ELECTROMAGNETIC = ((0.575, 0.16, "exp"), (0.325, 0.42, "exp"), (0.09, 1.3, "tail"), (0.01, 7.0, "exp"))
 HALO = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.25, 9.0, "exp"))   # above 1: neutrons far out add light
@@ -608,7 +609,6 @@ def open_data(name, n=None, seed=0, fresh=False, quiet=False):
     if path.exists():
         return load(path, name)
     dataset = generate_dataset(name, n, seed, fresh, quiet)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(path, dataset, detector=name, seed=seed)
     return dataset
 
@@ -793,6 +793,24 @@ def split_particles(particles, seed):
     return tuple(np.flatnonzero(np.isin(ids, part)) for part in parts)
 
 
+def open_split(args, seed):
+    """(Dataset, (train, validation, test)): what --detector, --data, --n and --split name, and the row numbers of its parts."""
+    dataset = load(args.data, args.detector) if args.data else open_data(args.detector, args.n, seed, quiet=args.quiet)
+    split = split_particles(dataset.particles, seed) if args.split == "particles" else split_rows(len(dataset.pdg), seed)
+    return dataset, split
+
+
+def test_sets(args, dataset, rows, seed):
+    """{"seen": Dataset, "unseen": Dataset} to test on: the test `rows` are one of them, by --split; fresh particles of the
+    simulator, at most UNSEEN, the other."""
+    test = Dataset(*(field[rows] for field in dataset))
+    if args.split == "particles":
+        return {"unseen": test}
+    if args.data:
+        return {"seen": test}
+    return {"seen": test, "unseen": open_data(args.detector, min(len(rows), UNSEEN), seed, fresh=True, quiet=args.quiet)}
+
+
 class Scaler(NamedTuple):
     """Mean and standard deviation (C,) of the conditions on the training rows; mode "raw" or "physics"."""
     mean: np.ndarray
@@ -801,17 +819,20 @@ class Scaler(NamedTuple):
 
 
 def _features(particles, mode):
-    """Conditions before scaling, float64 (N, 9) or (N, 13).
+    """Conditions before scaling, float64 (N, 9) or (N, 14).
 
-    "physics" adds what geometry gives for free: log E, the straight-line impact point (arcsinh of x and y in units of
-    ZN's half width: linear inside, logarithmic far outside), and charge / momentum, on which the magnets act.
+    "physics" adds what geometry gives for free: log E, charge / momentum, on which the magnets act, and three places, last:
+    x and y of the straight-line impact point, and x where the dipole bends a charged particle to, from the middle of ZP, as
+    arcsinh in units of ZN's half width: linear inside, logarithmic far outside.
     """
     wide = particles.astype(np.float64)
     if mode == "raw":
         return wide
     energy, vx, vy, _, px, py, pz, _, charge = wide.T
-    x, y = (np.arcsinh((v + FLIGHT_CM * p / np.abs(pz)) / DETECTORS["zn"].half[0]) for v, p in ((vx, px), (vy, py)))
-    return np.column_stack([wide, np.log(energy), x, y, 1000 * charge / energy])
+    x, y = (v + FLIGHT_CM * p / np.abs(pz) for v, p in ((vx, px), (vy, py)))
+    bent = x + (FLIGHT_CM - MAGNET_CM) * _bend(charge, energy) - DETECTORS["zp"].centre
+    places = np.arcsinh(np.column_stack([x, y, bent]) / DETECTORS["zn"].half[0])
+    return np.column_stack([wide, np.log(energy), 1000 * charge / energy, places])
 
 
 def fit_conditions(particles, mode):
@@ -822,7 +843,7 @@ def fit_conditions(particles, mode):
 
 
 def conditions(particles, scaler):
-    """Standardised conditions float32 (N, C), cut at +-10 standard deviations; C is 9 for "raw", 13 for "physics"."""
+    """Standardised conditions float32 (N, C), cut at +-10 standard deviations; C is 9 for "raw", 14 for "physics"."""
     values = (_features(particles, scaler.mode) - scaler.mean) / scaler.std
     return np.clip(values, -10, 10).astype(np.float32)
 
@@ -877,11 +898,11 @@ def _row(name, published, ours, relative=0.0, absolute=0.0):
             "in": None if ours is None else abs(ours - published) <= width}
 
 
-def _moments(particles, names, published, where):
-    for name in names:
+def _moments(particles, published, where):
+    for name, value in published.items():
         feature, kind = name.split()
         column = particles[:, FEATURES.index(feature)].astype(np.float64)
-        yield _row(f"{name}, {where}", published[name], column.mean() if kind == "mean" else column.std(), relative=0.25)
+        yield _row(f"{name}, {where}", value, column.mean() if kind == "mean" else column.std(), relative=0.25)
 
 
 def _check_before(name, seed, quiet):
@@ -901,7 +922,7 @@ def _check_before(name, seed, quiet):
     yield _row("lit fibres before the cut, %", published["lit"], lit, relative=0.2)
     yield _row("zero fibres before the cut, %", 100 - published["lit"], 100 - lit, relative=0.2)
     yield _row("largest pixel before the cut", published["peak"], peak, relative=0.2)
-    yield from _moments(particles[np.concatenate(drawn)], BEFORE, BEFORE, "before the cut")
+    yield from _moments(particles[np.concatenate(drawn)], BEFORE, "before the cut")
 
 
 def _check_rows(name, dataset):
@@ -927,7 +948,7 @@ def _check_rows(name, dataset):
             held = spread[ids[pdg == code]]
             known = np.isfinite(held)
             yield _row(f"diversity of {PDG_NAMES[code]}", value, held[known].mean() if known.any() else None, absolute=0.1)
-    yield from _moments(particles, published["after"], published["after"], "after the cut")
+    yield from _moments(particles, published["after"], "after the cut")
 
 
 def _check_oracle(name, dataset, seed):
@@ -944,13 +965,18 @@ def _check_oracle(name, dataset, seed):
     yield _row("W of paired halves of the test rows", published["W"], metrics.wasserstein(w[left], w[right]), relative=0.15)
 
 
+def _examples():
+    """Particles (11, 9) and pdg (11,) of EXAMPLES."""
+    particles = [(energy, 0, 0, 0, px, py, pz, SPECIES[pdg].mass, SPECIES[pdg].charge) for pdg, energy, px, py, pz, *_ in EXAMPLES]
+    return np.array(particles, np.float32), np.array([example[0] for example in EXAMPLES])
+
+
 def _check_examples(name):
     """Rows for the published responses: within three standard deviations of 1000 runs of the particle."""
-    for pdg, energy, px, py, pz, *sums in EXAMPLES:
-        species = SPECIES[pdg]
-        particle = np.array([[energy, 0, 0, 0, px, py, pz, species.mass, species.charge]], np.float32)
-        runs = simulate(DETECTORS[name], np.repeat(particle, 1000, 0), np.full(1000, pdg), 5, cut=0).sum((1, 2), dtype=np.int64)
-        row = _row(f"photons, {species.name} of {energy:.0f} GeV", sums[name == "zp"], runs.mean(), absolute=3 * runs.std())
+    for particle, pdg, (*_, zn, zp) in zip(*_examples(), EXAMPLES):
+        runs = simulate(DETECTORS[name], np.tile(particle, (1000, 1)), np.full(1000, pdg), 5, cut=0).sum((1, 2), dtype=np.int64)
+        published = {"zn": zn, "zp": zp}[name]
+        row = _row(f"photons, {PDG_NAMES[pdg]} of {particle[0]:.0f} GeV", published, runs.mean(), absolute=3 * runs.std())
         yield row | {"band": f"3 x {runs.std():.0f}"}
 
 
@@ -980,8 +1006,7 @@ def print_check(rows):
 
 def sheet(name, path):
     """Draw independent runs (rows) of the published example particles (columns)."""
-    particles = np.array([[e, 0, 0, 0, px, py, pz, SPECIES[pdg].mass, SPECIES[pdg].charge] for pdg, e, px, py, pz, *_ in EXAMPLES], np.float32)
-    pdg = np.array([example[0] for example in EXAMPLES])
+    particles, pdg = _examples()
     titles = [f"{PDG_NAMES[code]} {energy:.0f} GeV" for code, energy in zip(pdg, particles[:, 0])]
     common.plot_samples(path, {f"run {i + 1}": simulate(DETECTORS[name], particles, pdg, i, cut=0) for i in range(4)}, titles)
 
@@ -1007,8 +1032,7 @@ def main(argv=None):
     rows = check(args.detector, args.seed, args.quiet)
     print_check(rows)
     if args.json:
-        common.write_json(args.json, {"script": "data", "detector": args.detector, "command": f"python data.py --detector {args.detector} "
-                                      f"--check --json {args.json}", "versions": common.versions(), "table": rows})
+        common.write_json(args.json, {"script": "data", "detector": args.detector, "command": args.command, "versions": common.versions(), "table": rows})
     if any(row["in"] is False for row in rows):
         sys.exit(1)
     return {"table": rows}

@@ -12,16 +12,14 @@ everything that the fibres have in common, and the same network gives each fibre
 exact likelihood. Drawing from it is one uniform number per fibre. `--counts round` and `floor` are the usual ways, to compare.
 
     python fm.py --detector zn --steps 11                               about ten minutes on two CPU cores, data included
-    python fm.py --detector zn --n 306780 --epochs 20 --steps 11        the row in README, under an hour
+    python fm.py --detector zn --n 306780 --epochs 16 --steps 11        the row in README, half an hour
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/fm-zn/.
 """
 import argparse
 import math
-import sys
 import time
-from collections import Counter
 from functools import partial
 
 import equinox as eqx
@@ -35,8 +33,7 @@ import data
 import metrics
 from common import UserError
 
-GENERATIONS = 5    # of the test set, as in the papers
-BLOCK = 256        # responses per call when a whole set is generated; larger ones leave the CPU's cache
+SWEEP = 1, 2, 4, 8, 11, 16, 32   # steps
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -58,7 +55,8 @@ def flags():
                         help="of the averaged weights, per step (default: 0.999)")
     parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
                         help="largest gradient norm (default: 1)")
-    parser.add_argument("--sweep", action="store_true", help="score 1, 2, 4, 8, 11, 16 and 32 steps on the validation rows, with a figure; with --load nothing else")
+    parser.add_argument("--sweep", action="store_true", 
+                        help=f"score {', '.join(map(str, SWEEP))} steps on the validation rows, with a figure; with --load nothing else")
     parser.add_argument("--compare", action="store_true", help="only print the cost of the networks, side by side")
     return parser
 
@@ -90,22 +88,31 @@ def from_patches(patches, size, shape):
     return x.reshape(-1, h * size, w * size)[:, :shape[0], :shape[1]]
 
 
+def waves(c):
+    """Sines and cosines of the conditions (C,) one by one: slow ones of all, and fast ones, which tell fibres apart, of the
+    places, the last three (px and py if there are only the nine features).
+
+    Random mixtures of the conditions, the usual Fourier features, place a narrow shower as well, but with them, or with fast
+    waves of every condition, the network knows its training particles by heart: W of unseen ones doubles and more.
+    """
+    places = c[-3:] if len(c) > 9 else c[4:6]
+    angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(), jnp.outer(2.0 ** jnp.arange(3, 7), places).ravel()])
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+
+
 class Embedding(eqx.Module):
-    """Time and particle as one vector (width,). Random frequencies of the condition let a small network place the shower."""
-    frequencies: jax.Array
+    """Time and particle as one vector (width,)."""
     first: eqx.nn.Linear
     second: eqx.nn.Linear
 
-    def __init__(self, conditions, width, waves, key):
-        keys = jax.random.split(key, 3)
-        self.frequencies = jax.random.normal(keys[0], (waves, conditions))
-        self.first = eqx.nn.Linear(conditions + 2 * waves + 16, width, key=keys[1])
-        self.second = eqx.nn.Linear(width, width, key=keys[2])
+    def __init__(self, conditions, width, key):
+        keys = jax.random.split(key)
+        self.first = eqx.nn.Linear(conditions + len(waves(np.zeros(conditions))) + 16, width, key=keys[0])
+        self.second = eqx.nn.Linear(width, width, key=keys[1])
 
     def __call__(self, t, c):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        waves = self.frequencies @ c
-        h = jnp.concatenate([c, jnp.sin(waves), jnp.cos(waves), jnp.sin(angles), jnp.cos(angles)])
+        h = jnp.concatenate([c, waves(c), jnp.sin(angles), jnp.cos(angles)])
         return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
 
 
@@ -147,7 +154,7 @@ class Dense(eqx.Module):
         keys = iter(jax.random.split(key, 6 + depth))
         patches = math.prod(-(-n // size) for n in shape)
         self.shape, self.size = shape, size
-        self.embedding = Embedding(conditions, embedding, embedding // 4, next(keys))
+        self.embedding = Embedding(conditions, embedding, next(keys))
         self.squeeze = linear(next(keys), size**2, down)
         self.enter = linear(next(keys), down * patches, width)
         self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
@@ -345,14 +352,15 @@ def path_loss(net, counts, t, c, how, key):
 
 def batch_loss(net, counts, c, key, args):
     """counts (B, H, W), c (B, C) -> loss and its parts. With sampled counts, half of the batch trains the path below `exit`, half
-    the distribution of the counts at `exit`, where alone it is needed."""
+    the distribution of the counts at `exit`, where alone it is needed. Early times come more often: a bright narrow shower finds
+    its place there, and no later time mends it."""
     size, counts = len(counts), counts.astype(jnp.float32)
     time_key, *keys = jax.random.split(key, size + 1)
     if args.precision == "bf16":
         net, c = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a, (net, c))
     grid = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size   # stratified: less noise in the gradient
     half = size // 2 if args.counts == "sample" else size
-    t = args.exit * jnp.minimum(1.0, grid * size / half) if args.counts == "sample" else grid
+    t = args.exit * jnp.minimum(1.0, grid * size / half) ** 3 if args.counts == "sample" else grid
     losses, maps, x = jax.vmap(lambda n, t, c, k: path_loss(net, n, t, c, args.counts, k))(counts, t, c, jnp.stack(keys))
     path = losses[:half].mean()
     if args.counts != "sample":
@@ -391,18 +399,20 @@ def evaluations(args):
 
 
 def integrate(v, x, end, steps, solver):
-    """Follow dx/dt = v(x, t) from t = 0 to `end`; unrolled, since XLA is slow on loops on a CPU (`--steps` is small).
+    """Follow dx/dt = v(x, t) from t = 0 to `end` in steps that grow, since bright showers settle early; unrolled, since XLA is
+    slow on loops on a CPU (`--steps` is small).
 
     "ab2", the two-step method of Adams and Bashforth, is of second order for one evaluation a step; its first step is Euler's.
     """
-    h, before = end / steps, None
-    for step in range(steps):
-        if solver == "ab2":
-            now = v(x, h * step)
-            x = x + h * (now if before is None else 1.5 * now - 0.5 * before)
-            before = now
-        else:
-            x = SOLVERS[solver](v, x, h * step, h)
+    times, before = [end * (step / steps) ** 1.5 for step in range(steps + 1)], None
+    for step, (t, after) in enumerate(zip(times, times[1:])):
+        h = after - t
+        if solver != "ab2":
+            x = SOLVERS[solver](v, x, t, h)
+            continue
+        now = v(x, t)
+        slope = (now - before) / (t - times[step - 1]) if step else 0.0        # dv/dt
+        x, before = x + h * (now + h / 2 * slope), now
     return x
 
 
@@ -422,6 +432,12 @@ def sample(net, c, key, args):
     return jnp.minimum(counts, 65535).astype(jnp.uint16)
 
 
+def sampler(args, net):
+    """draw(c (B, C), key) -> uint16 (B, H, W): `sample`, compiled once for each batch size."""
+    compiled = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
+    return lambda c, key: compiled(net, c, key)
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 class State(eqx.Module):
@@ -438,8 +454,15 @@ def make_optimiser(args, steps):
     return optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
 
 
+def start(args, conditions, optimiser, key):
+    """The State before the first step."""
+    net = make_network(args, conditions, key)
+    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
+    return State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+
+
 def make_step(args, optimiser):
-    """step(state, counts, c, key, number) -> (state, losses): gradient, update and moving average in one compiled call."""
+    """step((counts, c, key, number), state) -> (state, losses): gradient, update and moving average in one compiled call."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
@@ -450,7 +473,7 @@ def make_step(args, optimiser):
         net = eqx.apply_updates(state.net, updates)
         decay = jnp.minimum(args.ema, (1 + number) / (10 + number))            # short at first
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(old) else old, state.ema, net)
-        return State(net, ema, optimiser_state), losses
+        return State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
 
     return step
 
@@ -465,13 +488,12 @@ def train(args, dataset, rows, scaler):
     per_epoch = len(rows) // args.batch_size
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
-    net = make_network(args, conditions.shape[1], model_key)
-    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
-    state = State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+    state = start(args, conditions.shape[1], optimiser, model_key)
     header = {"script": "fm", "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
     done, seconds = 0, 0.0
     if args.resume:
-        done, seconds, state = restore(args, header, state)
+        found, state = common.resume(args.run / "state.eqx", header, state)
+        done, seconds = found["step"], found["seconds"]
     common.cut_log(args.run, done if args.resume else -1)
     state, step = common.replicate(state, mesh), make_step(args, optimiser)
     began = saved = time.perf_counter()
@@ -507,158 +529,55 @@ def training_flags(args):
     return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
 
 
-def restore(args, header, like):
-    """(step, seconds, state) of the run that was cut off; UserError if it had other flags."""
-    path = args.run / "state.eqx"
-    found, state = common.load_checkpoint(path, like, "fm", args.detector)
-    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != value]
-    if changed or found["rows"] != header["rows"]:
-        raise UserError(f"{path}: --resume needs the flags of the first run; different: {', '.join(changed) or 'rows of the data'}")
-    return found["step"], found["seconds"], state
-
-
 # ------------------------------------------------------------------------------------------------ scoring and generating
-
-def generator(args, net, scaler):
-    """generate(particles (N, 9), seed) -> uint16 (N, H, W), in blocks of one shape, so that it compiles once."""
-    draw = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
-
-    def generate(particles, seed):
-        c, key = data.conditions(particles, scaler), jax.random.fold_in(jax.random.key(args.seed), seed)
-        responses = np.empty((len(c), *data.DETECTORS[args.detector].shape), np.uint16)
-        for start in range(0, len(c), BLOCK):
-            block = c[start:start + BLOCK]
-            padded = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))          # padded rows are dropped again
-            responses[start:start + BLOCK] = draw(net, padded, jax.random.fold_in(key, start))[:len(block)]
-        return responses
-
-    return generate
-
-
-def score(args, generate, dataset, rows, oracle, label):
-    """Print and return every score of the given rows."""
-    real, particles, pdg = (field[rows] for field in dataset)
-    generations = [generate(particles, seed) for seed in range(GENERATIONS)]
-    detector = data.DETECTORS[args.detector]
-    runs = [data.simulate(detector, particles, pdg, 1000 + seed) for seed in range(GENERATIONS)] if oracle else None
-    scores = metrics.evaluate(real, generations, particles, pdg, oracle=runs)
-    metrics.print_table(scores, f"{args.detector.upper()}, {label}: {len(rows)} responses, {evaluations(args)} evaluations each")
-    return scores, real, generations[0]
-
-
-def sweep(args, net, scaler, dataset, rows, oracle):
-    """W and ms per response for several numbers of steps (paper 002, Fig. 5), printed and drawn."""
-    real, particles, pdg = (field[rows] for field in dataset)
-    truth, points = metrics.channels(real), []
-    floor = metrics.channels(data.simulate(data.DETECTORS[args.detector], particles, pdg, 1000)) if oracle else None
-    print(f"{'steps':>6} {'evaluations':>12} {'W':>8} {'MAE':>8} {'ms per response':>16}")
-    for steps in (1, 2, 4, 8, 11, 16, 32):
-        here = with_flags(args, steps=steps)
-        generate = generator(here, net, scaler)
-        generate(particles[:BLOCK], 0)                                         # compiles
-        began = time.perf_counter()
-        found = metrics.channels(generate(particles, 0))
-        ms = 1e3 * (time.perf_counter() - began) / len(rows)
-        points.append({"steps": steps, "evaluations": evaluations(here), "W": metrics.wasserstein(truth, found),
-                       "MAE": metrics.mae(truth, found), "ms_per_response": ms})
-        points[-1] |= {"oracle": metrics.wasserstein(truth, floor)} if oracle else {}
-        print(f"{steps:6d} {evaluations(here):12d} {points[-1]['W']:8.3f} {points[-1]['MAE']:8.2f} {ms:16.3f}")
-    common.plot_sweep(args.run / "sweep.png", points)
-    result = {"script": "fm", "detector": args.detector, "command": command(), "device": common.device_name(), "rows": len(rows),
-              "split": "validation", "solver": args.solver, "points": points}
-    common.write_json(args.run / "sweep.json", result)
-    return result
-
-
-def command():
-    """The command line, as a reader would type it."""
-    return " ".join(["python fm.py", *sys.argv[1:]])
-
 
 def with_flags(args, **changed):
     return argparse.Namespace(**vars(args) | changed)
 
 
-def network_cost(net, conditions, shape):
-    """Parameters, and MFLOP of one evaluation as XLA counts them."""
-    x, t, c = (jax.ShapeDtypeStruct(s, np.float32) for s in (shape, (), (conditions,)))
-    arrays, rest = eqx.partition(net, eqx.is_array)
-    cost = jax.jit(lambda arrays, x, t, c: eqx.combine(arrays, rest)(x, t, c)).lower(arrays, x, t, c).compile().cost_analysis()
-    return {"parameters": common.count_parameters(net), "mflop": cost["flops"] / 1e6}
-
-
-def sampling_times(args, net, conditions):
-    """ms per response at batch 1, 32, 256 and 8192, compile time apart."""
-    draw = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
-    return common.time_sampler(lambda size: draw(net, jnp.zeros((size, conditions)), jax.random.key(0)))
-
-
 def compare(args):
     """Cost of the networks side by side, in turn and several times: parameters, MFLOP, training step and ms per response."""
-    detector, conditions, rows, cases = data.DETECTORS[args.detector], 13, [], []
+    detector, conditions, cases = data.DETECTORS[args.detector], 14, []
     counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *detector.shape)).astype(np.uint16)
-    batch = counts, np.zeros((args.batch_size, conditions), np.float32), jax.random.key(0), np.int32(0)
+    c, key = np.zeros((args.batch_size, conditions), np.float32), jax.random.key(0)
     for name in NETWORKS:
         here = with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
-        net, optimiser = make_network(here, conditions, jax.random.key(0)), make_optimiser(here, 1000)
-        state = State(net, jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net),
-                      optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
-        draw = eqx.filter_jit(lambda net, c, key, here=here: sample(net, c, key, here))
-        cases.append([here, make_step(here, optimiser), draw, state, [], []])
+        optimiser = make_optimiser(here, 1000)
+        cases.append([here, make_step(here, optimiser), start(here, conditions, optimiser, key), sampler(here, make_network(here, conditions, key)), []])
     for _ in range(4):                                                         # the first round compiles and does not count
         for case in cases:
-            _, step, draw, state, steps, samples = case
+            _, step, state, draw, times = case
             began = time.perf_counter()
-            case[3], losses = step(batch, state)
+            case[2], losses = step((counts, c, key, np.int32(0)), state)
             jax.block_until_ready(losses)
             middle = time.perf_counter()
-            jax.block_until_ready(draw(case[3].net, batch[1], batch[2]))
-            steps.append(middle - began)
-            samples.append(time.perf_counter() - middle)
+            jax.block_until_ready(draw(c, key))
+            times.append((middle - began, time.perf_counter() - middle))
     print(f"{'network':>8} {'parameters':>11} {'MFLOP':>8} {'step s':>8} {'ratio':>7} {'evaluations':>12} {'ms per response':>16} {'ratio':>7}")
-    for here, _, _, state, steps, samples in cases:
-        row = {"net": here.net, **network_cost(state.net, conditions, detector.shape), "evaluations": evaluations(here),
-               "step_seconds": min(steps[1:]), "ms_per_response": 1e3 * min(samples[1:]) / args.batch_size}
+    rows = []
+    for here, _, state, _, times in cases:
+        step_seconds, seconds = np.min(times[1:], axis=0)
+        row = {"net": here.net, **common.network_cost(state.net, detector.shape, (), (conditions,)), "evaluations": evaluations(here),
+               "step_seconds": step_seconds, "ms_per_response": 1e3 * seconds / args.batch_size}
         rows.append(row)
-        ratios = [rows[0][key] / row[key] for key in ("step_seconds", "ms_per_response")]
+        ratios = [rows[0][name] / row[name] for name in ("step_seconds", "ms_per_response")]
         print(f"{row['net']:>8} {row['parameters']:11d} {row['mflop']:8.1f} {row['step_seconds']:8.3f} {ratios[0]:7.1f} "
               f"{row['evaluations']:12d} {row['ms_per_response']:16.3f} {ratios[1]:7.1f}")
-    result = {"script": "fm", "detector": args.detector, "command": command(), "batch": args.batch_size,
+    result = {"script": "fm", "detector": args.detector, "command": args.command, "batch": args.batch_size,
               "device": common.device_name(), "networks": rows}
     common.write_json(args.run / "compare.json", result)
     return result
 
 
-def generate_file(args, net, scaler):
-    """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
-    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
-        raise UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
-    particles, pdg = data.read_particles(args.generate)
-    generate = generator(args, net, scaler)
-    chunk = 32 * BLOCK
-
-    def blocks():
-        for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
-            rows = slice(start, start + chunk)
-            responses = generate(particles[rows], start)
-            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows], "channels": metrics.channels(responses)}
-
-    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script="fm", checkpoint=str(args.load))
-    print(f"{len(particles)} responses -> {args.out}")
-    return {"rows": len(particles), "out": str(args.out)}
-
-
 def load_model(args):
-    """Network and scaler of --load; the flags that shape them come from the checkpoint. UserError if it is another script's."""
-    header = common.read_header(args.load)
-    if (header.get("script"), header.get("detector")) != ("fm", args.detector):
-        raise UserError(f"{args.load}: made by {header.get('script')} for {header.get('detector')}, expected fm for {args.detector}")
+    """(network, scaler, header) of --load; the flags that shape them come from the checkpoint. UserError if it is another script's."""
+    header = common.read_header(args.load, "fm", args.detector)
     if "scaler" not in header:
         raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
     vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "split")})
     scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
     like = eqx.filter_eval_shape(make_network, args, len(scaler.mean), jax.random.key(0))   # compiles nothing
-    return common.load_checkpoint(args.load, like, "fm", args.detector)[1], scaler, header
+    return common.load_checkpoint(args.load, like)[1], scaler, header
 
 
 def main(argv=None):
@@ -675,66 +594,45 @@ def main(argv=None):
     if args.load:
         net, scaler, header = load_model(args)
         if args.generate:
-            return generate_file(args, net, scaler)
-    seed = header["flags"]["seed"] if args.load else args.seed                  # a loaded model meets its own test rows
-    dataset = data.load(args.data, args.detector) if args.data else data.open_data(args.detector, args.n, seed, quiet=args.quiet)
-    split = data.split_particles(dataset.particles, seed) if args.split == "particles" else data.split_rows(len(dataset.pdg), seed)
-    if not args.load and not 2 <= args.batch_size <= len(split[0]):
-        raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
-    if args.load:
-        trained, times = header["flags"], {name: header["scores"][name] for name in ("train_seconds", "step_seconds")}
-    else:
-        trained, scaler = training_flags(args), data.fit_conditions(dataset.particles[split[0]], args.cond)
+            return metrics.generate_file(args, metrics.generator(args, sampler(args, net), scaler))
+        trained, times = header["flags"], header["scores"]
+    seed = trained["seed"] if args.load else args.seed                         # a loaded model meets its own test rows
+    dataset, split = data.open_split(args, seed)
+    if not args.load:
+        if not 2 <= args.batch_size <= len(split[0]):
+            raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
+        scaler, trained = data.fit_conditions(dataset.particles[split[0]], args.cond), training_flags(args)
         net, times = train(args, dataset, split[0], scaler)
+        net = common.cast(common.cast(net, jnp.float16), jnp.float32)          # as model.eqx keeps it
     if args.sweep:
-        found = sweep(args, net, scaler, dataset, split[1], args.data is None)
+        cases = [with_flags(args, steps=steps) for steps in SWEEP]
+        found = metrics.sweep(args, [({"steps": case.steps, "evaluations": evaluations(case)},
+                                      metrics.generator(args, sampler(case, net), scaler)) for case in cases], dataset, split[1])
         if args.load:
             return found
-    return report(args, net, scaler, dataset, split, trained, times)
+    tests = data.test_sets(args, dataset, split[2], seed)
+    return report(args, net, scaler, len(split[0]), tests, trained, times)
 
 
-def report(args, net, scaler, dataset, split, trained, times):
-    """Score seen and unseen particles, write the run folder, return metrics.json."""
-    generate, oracle = generator(args, net, scaler), args.data is None
-    test = {"unseen" if args.split == "particles" else "seen": (dataset, split[2])}
-    if oracle and args.split == "rows":
-        rows = min(len(split[2]), 20_000)
-        fresh = data.open_data(args.detector, rows, trained["seed"], fresh=True, quiet=args.quiet)
-        test["unseen"] = fresh, np.arange(rows)
-    result = {"script": "fm", "detector": args.detector, "command": command(),
+def report(args, net, scaler, rows, tests, trained, times):
+    """Score seen and unseen particles, write the run folder, return metrics.json. `rows`: how many were trained on."""
+    draw, conditions = sampler(args, net), len(scaler.mean)
+    result = {"script": "fm", "detector": args.detector, "command": args.command,
               "versions": common.versions(), "device": common.device_name(), "flags": trained,
-              "rows": {"train": len(split[0])} | {name: len(rows) for name, (_, rows) in test.items()},
-              **network_cost(net, len(scaler.mean), data.DETECTORS[args.detector].shape), "steps": args.steps, "solver": args.solver,
-              "evaluations": evaluations(args), **times, **sampling_times(args, net, len(scaler.mean)), "seen": None, "unseen": None}
+              "rows": {"train": rows} | {name: len(test.pdg) for name, test in tests.items()},
+              **common.network_cost(net, data.DETECTORS[args.detector].shape, (), (conditions,)), "steps": args.steps,
+              "solver": args.solver, "evaluations": evaluations(args), **times,
+              **common.time_sampler(lambda size: draw(np.zeros((size, conditions), np.float32), jax.random.key(0)))}
     print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; ms per "
           "response: " + ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items()))
-    for name, (source, rows) in test.items():
-        result[name], real, generated = score(args, generate, source, rows, oracle, f"{name} particles")
-        if name == "seen" or args.split == "particles":
-            plot(args, real, generated, source, rows)
+    result |= metrics.score_model(args, metrics.generator(args, draw, scaler), tests, f"{evaluations(args)} evaluations each")
     if not args.load:
+        common.plot_training(args.run / "training.png", common.read_log(args.run))
         common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": trained,
-                           "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net)
+                               "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net, half=True)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
-
-
-def plot(args, real, generated, source, rows):
-    """The run's pictures: a particle of each of the most common types, channel histograms and the training curve."""
-    particles, pdg = source.particles[rows], source.pdg[rows]
-    ids, first = data.unique_particles(particles)
-    rank, keys = Counter(), []                                                 # of a particle within its type, by its rows
-    for i in np.argsort(-np.bincount(ids), kind="stable"):
-        code = pdg[first[i]]
-        keys.append((rank[code], -np.count_nonzero(pdg == code), first[i]))
-        rank[code] += 1
-    columns = [row for *_, row in sorted(keys)[:8]]
-    titles = [f"{data.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
-    common.plot_samples(args.run / "samples.png", {"data": real[columns], "model": generated[columns]}, titles)
-    common.plot_channels(args.run / "channels.png", metrics.channels(real), metrics.channels(generated))
-    if not args.load and (records := common.read_log(args.run)):
-        common.plot_training(args.run / "training.png", records)
 
 
 if __name__ == "__main__":

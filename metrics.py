@@ -8,7 +8,9 @@ one by one: a value is the mean of their scores, a spread their standard deviati
 2507.18811, not its code's one histogram of five pooled runs). Every score stands beside its oracle, the same score of
 the simulator run again, and R = value / oracle; without an oracle beside the paired half-against-half floor.
 """
+import time
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
@@ -28,6 +30,8 @@ NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; t
 TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
 LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
 BOOTSTRAPS = 1000
+GENERATIONS = 5  # of the test set, as in the papers
+BLOCK = 256  # responses per call when a set is generated; larger ones leave a CPU's cache
 FLOORS = 2  # random pairings that the half-against-half floor averages
 # The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of one class.
 CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
@@ -574,9 +578,98 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
     return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
 
 
+# --------------------------------------------------------------------------------------------------- a model and its scores
+# What every script does with a trained model. It hands over draw(c (BLOCK, C), key) -> uint16 (BLOCK, H, W), compiled.
+
+def generator(args, draw, scaler):
+    """generate(particles (N, 9), seed) -> uint16 (N, H, W), in blocks of one shape, so that `draw` compiles once."""
+
+    def generate(particles, seed):
+        c, key = data.conditions(particles, scaler), jax.random.fold_in(jax.random.key(args.seed), seed)
+        responses = np.empty((len(c), *data.DETECTORS[args.detector].shape), np.uint16)
+        for start in range(0, len(c), BLOCK):
+            block = c[start:start + BLOCK]
+            padded = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))  # padded rows are dropped again
+            responses[start:start + BLOCK] = draw(padded, jax.random.fold_in(key, start))[:len(block)]
+        return responses
+
+    return generate
+
+
+def score_model(args, generate, tests, label):
+    """Generate for the data sets `tests` (data.test_sets), print every score, draw samples.png and channels.png of the
+    first into the run folder. Returns {"seen": scores or None, "unseen": scores or None}; `label` ends the titles."""
+    detector, result = data.DETECTORS[args.detector], {"seen": None, "unseen": None}
+    for number, (name, test) in enumerate(tests.items()):
+        real, particles, pdg = test
+        generations = [generate(particles, seed) for seed in range(GENERATIONS)]
+        oracle = None if args.data else [data.simulate(detector, particles, pdg, 1000 + seed) for seed in range(GENERATIONS)]
+        result[name] = evaluate(real, generations, particles, pdg, oracle=oracle)
+        print_table(result[name], f"{args.detector.upper()}, {name} particles, {label}")
+        if number == 0:
+            plot(args.run, test, generations[0])
+    return result
+
+
+def plot(folder, test, generated):
+    """samples.png, a particle of each of the most common types, and channels.png of a test set and its responses again."""
+    real, particles, pdg = test
+    ids, first = data.unique_particles(particles)
+    rank, keys = Counter(), []  # of a particle within its type, by its rows
+    for i in np.argsort(-np.bincount(ids), kind="stable"):
+        code = pdg[first[i]]
+        keys.append((rank[code], -np.count_nonzero(pdg == code), first[i]))
+        rank[code] += 1
+    columns = [row for *_, row in sorted(keys)[:8]]
+    titles = [f"{data.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
+    common.plot_samples(Path(folder, "samples.png"), {"data": real[columns], "model": generated[columns]}, titles)
+    common.plot_channels(Path(folder, "channels.png"), channels(real), channels(generated))
+
+
+def sweep(args, cases, dataset, rows):
+    """W, MAE and ms per response on the validation rows for `cases`, pairs (entry, generate) with "steps" and
+    "evaluations" in the entry (paper 002, Fig. 5): printed, drawn, written to sweep.json and returned."""
+    real, particles, pdg = (field[rows] for field in dataset)
+    truth, points, oracle = channels(real), [], {}
+    if not args.data:
+        oracle["oracle"] = wasserstein(truth, channels(data.simulate(data.DETECTORS[args.detector], particles, pdg, 1000)))
+    print(f"{'steps':>6} {'evaluations':>12} {'W':>8} {'oracle':>8} {'MAE':>8} {'ms per response':>16}")
+    for entry, generate in cases:
+        generate(particles[:BLOCK], 0)  # compiles
+        began = time.perf_counter()
+        found = channels(generate(particles, 0))
+        ms = 1e3 * (time.perf_counter() - began) / len(rows)
+        points.append(entry | {"W": wasserstein(truth, found), "MAE": mae(truth, found), "ms_per_response": ms} | oracle)
+        reference = f"{oracle['oracle']:8.3f}" if oracle else f"{'-':>8}"
+        print(f"{entry['steps']:6d} {entry['evaluations']:12d} {points[-1]['W']:8.3f} {reference} {points[-1]['MAE']:8.2f} {ms:16.3f}")
+    common.plot_sweep(args.run / "sweep.png", points)
+    result = {"script": args.script, "detector": args.detector, "command": args.command, "device": common.device_name(),
+              "rows": len(rows), "split": "validation", "points": points}
+    common.write_json(args.run / "sweep.json", result)
+    return result
+
+
+def generate_file(args, generate):
+    """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
+    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
+        raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
+    particles, pdg = data.read_particles(args.generate)
+    chunk = 32 * BLOCK
+
+    def blocks():
+        for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
+            rows = slice(start, start + chunk)
+            responses = generate(particles[rows], start)
+            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows], "channels": channels(responses)}
+
+    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script=args.script, checkpoint=str(args.load))
+    print(f"{len(particles)} responses -> {args.out}")
+    return {"rows": len(particles), "out": str(args.out)}
+
+
 def main(argv=None):
     """The command line; returns the scores."""
-    parser = common.parser(__doc__, flags=("detector", "seed"))
+    parser = common.parser(__doc__, "metrics", flags=("detector", "seed"))
     parser.add_argument("real", help="HDF5 file or npz pair with the real responses")
     parser.add_argument("generated", nargs="+", help="generated responses, one file for each generation")
     parser.add_argument("--oracle", nargs="+", default=[], metavar="FILE", help="responses of the simulator run again")

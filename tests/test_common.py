@@ -73,6 +73,19 @@ def test_checkpoint_loads_into_shapes_alone(tmp_path):
     assert_equal_bits(common.load_checkpoint(tmp_path / "a.eqx", eqx.filter_eval_shape(model))[1], model(3))
 
 
+def test_half_checkpoint(tmp_path):
+    """float16 in the file, float32 in memory, rounded once: what cast gives, and smaller."""
+    tree = {"net": model(3), "count": np.arange(3), "step": 4}
+    rounded = tree | {"net": jax.tree.map(lambda a: jnp.float32(np.asarray(a).astype(np.float16)) if eqx.is_array(a) else a, tree["net"])}
+    for name, half in (("half", True), ("full", False)):
+        common.save_checkpoint(tmp_path / name, {}, tree | {"large": jnp.ones(1000)}, half=half)
+    sizes = [(tmp_path / name).stat().st_size for name in ("half", "full")]
+    assert sizes[1] - sizes[0] == pytest.approx(2 * (1000 + common.count_parameters(model())), abs=20)   # the checksum's digits
+    like = tree | {"net": eqx.filter_eval_shape(model), "large": jnp.zeros(1000)}
+    assert_equal_bits(common.load_checkpoint(tmp_path / "half", like)[1], rounded | {"large": jnp.ones(1000)})
+    assert_equal_bits(common.cast(common.cast(tree, jnp.float16), jnp.float32), rounded)
+
+
 def test_checkpoint_holds_scaler_and_paths(tmp_path):
     header = {"scaler": {"mean": np.float32([0.1, np.nan])}, "data": Path("a/b"), "loss": jnp.float32(0.5)}
     common.save_checkpoint(tmp_path / "a.eqx", header, model())
@@ -311,6 +324,7 @@ def test_damaged_log(tmp_path):
 def test_defaults():
     args = common.parser("doc", "fm", steps={"zn": 11, "zp": 9}, lr=3e-4).parse_args(["--detector", "zp"])
     assert (args.steps, args.lr, args.script, args.run) == (9, 3e-4, "fm", Path("runs/fm-zp"))
+    assert args.command == "python fm.py --detector zp"
     assert args.resume is False and args.load is None
     args = common.parser("doc", "fm", steps={"zn": 11, "zp": 9}).parse_args(["--steps", "4", "--run", "here"])
     assert (args.steps, args.run, args.epochs) == (4, Path("here"), 10)  # defaults of one script stay with it
@@ -329,7 +343,7 @@ def test_help_tells_defaults_and_units(capsys, monkeypatch):
 
 def test_a_script_may_have_fewer_flags():
     args = common.parser("doc", "data", flags=("detector", "n"), n=7).parse_args([])
-    assert vars(args) == {"script": "data", "detector": "zn", "n": 7}
+    assert vars(args) == {"script": "data", "command": "python data.py", "detector": "zn", "n": 7}
     with pytest.raises(TypeError, match="steps"):
         common.parser("doc", "data", flags=("detector", "n"), steps=7)
 

@@ -574,7 +574,7 @@ def test_batches_visit_every_row_once(n, size):
 
 # ------------------------------------------------------------------------------------------------------------- conditions
 
-@pytest.mark.parametrize("mode, width", [("raw", 9), ("physics", 13)])
+@pytest.mark.parametrize("mode, width", [("raw", 9), ("physics", 14)])
 def test_conditions_are_standardised_on_the_training_rows(dataset, mode, width):
     particles, pdg, _ = data.primaries(0)
     scaler = data.fit_conditions(particles, mode)
@@ -606,8 +606,15 @@ def test_conditions_of_extremes_stay_finite():
 
 def test_impact_is_a_condition():
     particles = np.stack([particle(22, 900.0, 900 * x / data.FLIGHT_CM) for x in (-3.0, 0.0, 3.0)])
-    scaler = data.Scaler(np.zeros(13), np.ones(13), "physics")
-    np.testing.assert_allclose(data.conditions(particles, scaler)[:, 10], np.arcsinh(np.array([-3, 0, 3]) / 3.52), atol=1e-4)
+    scaler = data.Scaler(np.zeros(14), np.ones(14), "physics")
+    np.testing.assert_allclose(data.conditions(particles, scaler)[:, 11], np.arcsinh(np.array([-3, 0, 3]) / 3.52), atol=1e-4)
+
+
+def test_bend_is_a_condition():
+    """The beam passes 9.4 cm from the axis; a proton of half its energy 18.8 cm, half a centimetre from the middle of ZP."""
+    particles = np.stack([particle(2212, 7000.0), particle(2212, 3500.0), particle(2112, 3500.0)])
+    found = data.conditions(particles, data.Scaler(np.zeros(14), np.ones(14), "physics"))[:, 13]
+    np.testing.assert_allclose(found, np.arcsinh((np.array([9.4, 18.8, 0]) - 19.3) / 3.52), atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ the commands

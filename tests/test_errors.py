@@ -72,7 +72,7 @@ def inputs(tmp_path_factory):
         checkpoint(file("gan.eqx"), script="gan")
         checkpoint(file("format.eqx"), format="zdc-checkpoint-0")
         checkpoint(file("state.eqx"), scaler=None, scores=None)                # a training state is not a model
-        checkpoint(file("net.eqx"), scaler=data.fit_conditions(table(), "raw")._asdict())   # arrays for 13
+        checkpoint(file("net.eqx"), scaler=data.fit_conditions(table(), "raw")._asdict())   # arrays for 14
         good = file("good.eqx").read_bytes()
         for name, damage in {"truncated": good[:-100], "longer": good + b"0", "empty": b"", "text": b"hello\n",
                              "flipped": good.replace(b'"zn"', b'"zp"')}.items():
@@ -156,7 +156,7 @@ CASES = {   # flags: what the line must name
     "--epochs none": "--epochs",
     "--epochs 99999999999999999999": "--epochs",
     "--steps 0": "--steps",
-    "--steps 99999999999999999999": "--steps",
+    "--steps 1001": "--steps",
     "--batch-size 0": "--batch-size",
     "--batch-size 1": "--batch-size",
     "--batch-size 36": "--batch-size",

@@ -194,17 +194,17 @@ def test_draws_follow_the_loss(location, scale):
 
 
 def test_halves_of_a_batch(monkeypatch):
-    """With sampled counts half of the batch trains the path, at times spread evenly over 0 .. exit, the other half the
-    counts, at exit."""
+    """With sampled counts half of the batch trains the path, at times exit u^3 for even u, the other half the counts, at
+    exit."""
     seen, loss = [], fm.count_loss
     maps = jnp.zeros((7, 44, 44))
     monkeypatch.setattr(fm, "path_loss", lambda net, n, t, c, how, key: (t, maps, jnp.full(n.shape, t)))
     monkeypatch.setattr(fm, "count_distribution", lambda maps, x: (x, jnp.ones_like(x)))
     monkeypatch.setattr(fm, "count_loss", lambda *args: seen.append(args) or loss(*args))
-    counts, c = np.zeros((64, 44, 44), np.uint16), np.zeros((64, 13), np.float32)
+    counts, c = np.zeros((64, 44, 44), np.uint16), np.zeros((64, 14), np.float32)
     total, parts = fm.batch_loss(None, counts, c, KEY, arguments("--exit", "0.5"))
     [(_, location, _)] = seen
-    assert parts["path"] == pytest.approx(0.25, abs=0.01) and len(location) == 32 and (location == 0.5).all()
+    assert parts["path"] == pytest.approx(0.5 / 4, abs=0.01) and len(location) == 32 and (location == 0.5).all()
     assert parts["nats per fibre"] == pytest.approx(-logistic.logcdf(math.sqrt(2) - 0.5), rel=1e-5)
     assert total == pytest.approx(float(parts["path"] + 10 * parts["nats per fibre"]))
     for how in ("round", "floor"):
@@ -213,7 +213,7 @@ def test_halves_of_a_batch(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- network
 
-def untrained(*flags, conditions=13):
+def untrained(*flags, conditions=14):
     """The network of the flags, shapes only."""
     return eqx.filter_eval_shape(fm.make_network, arguments(*flags), conditions, KEY)
 
@@ -226,7 +226,7 @@ def test_sizes_of_the_networks():
     assert size(untrained("--net", "paper", "--counts", "round", conditions=9)) == 77_372
     for detector in SHAPES:
         assert size(untrained("--net", "compact", "--detector", detector)) <= 100_000
-    assert size(untrained()) == common.count_parameters(fm.make_network(arguments(), 13, KEY))
+    assert size(untrained()) == common.count_parameters(fm.make_network(arguments(), 14, KEY))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (5, 9)])
@@ -247,7 +247,7 @@ def test_every_variant_has_its_shapes(name, counts, detector):
     """Traced, not compiled."""
     flags, shape = ("--detector", detector, "--net", name, "--counts", counts), SHAPES[detector]
     args, net = arguments(*flags), untrained(*flags)
-    batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 13), np.float32), KEY
+    batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
     loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, args), net)
     assert loss.shape == () and len(parts) == 1 + (counts == "sample")
     for solver in fm.SOLVERS:
@@ -264,14 +264,14 @@ def test_evaluations(solver, counts):
     def net(x, t, c):
         calls.append(t)
         return jnp.zeros((4 + 3 * (counts == "sample"), *x.shape))
-    fm.sample(net, np.zeros((2, 13), np.float32), KEY, args)
+    fm.sample(net, np.zeros((2, 14), np.float32), KEY, args)
     assert len(calls) == fm.evaluations(args)
 
 
 def test_largest_count_fits():
     net = lambda x, t, c: denoised(jnp.full_like(x, 1e4))
     for counts in ("round", "floor"):
-        assert (fm.sample(net, np.zeros((2, 13), np.float32), KEY, arguments("--counts", counts)) == 65535).all()
+        assert (fm.sample(net, np.zeros((2, 14), np.float32), KEY, arguments("--counts", counts)) == 65535).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -287,7 +287,8 @@ def test_the_sampler_compiles_once(dataset, monkeypatch):
     traces, draw = [], fm.sample
     monkeypatch.setattr(fm, "sample", lambda *args: traces.append(1) or draw(*args))
     scaler = data.fit_conditions(dataset.particles, "physics")
-    generate = fm.generator(arguments(), fm.make_network(arguments(), 13, KEY), scaler)
+    net = fm.make_network(arguments(), 14, KEY)
+    generate = metrics.generator(arguments(), fm.sampler(arguments(), net), scaler)
     responses = generate(dataset.particles[:150], 0)                           # 150 = 2 blocks and a short one
     assert len(traces) == 1 and responses.shape == (150, 44, 44)
     np.testing.assert_array_equal(generate(dataset.particles[:130], 0), responses[:130])
@@ -417,7 +418,7 @@ def test_nan_stops_the_run(dataset, tmp_path, monkeypatch, capsys):
 
 def fresh_state(folder):
     args = arguments("--batch-size", 16, "--epochs", 4, "--run", folder)
-    net = fm.make_network(args, 13, KEY)
+    net = fm.make_network(args, 14, KEY)
     return fm.State(net, net, fm.make_optimiser(args, 120).init(eqx.filter(net, eqx.is_inexact_array)))
 
 
@@ -443,7 +444,7 @@ def test_what_a_run_leaves(trained):
         assert set(metrics.SCORES) <= result[part].keys()
         assert {"value", "spread", "oracle", "R"} <= result[part]["W"].keys()
     header = common.read_header(folder / "model.eqx")
-    assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 13)
+    assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 14)
     assert header["parameters"] == result["parameters"]
 
 
@@ -491,7 +492,7 @@ def test_every_kind_of_run(flags, tmp_path, monkeypatch):
     part = "unseen" if "particles" in flags else "seen"
     assert result[part]["W"]["value"] > 0 and result[part]["W"]["oracle"] > 0
     assert (result["seen"] is None) == ("particles" in flags)
-    assert len(common.read_header(tmp_path / "model.eqx")["scaler"]["mean"]) == (9 if "raw" in flags else 13)
+    assert len(common.read_header(tmp_path / "model.eqx")["scaler"]["mean"]) == (9 if "raw" in flags else 14)
     assert WRITTEN <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -517,15 +518,15 @@ def test_own_data(kind, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("oracle", [True, False])
-def test_sweep(oracle, dataset, tmp_path, monkeypatch):
-    def generator(args, net, scaler):
-        return lambda particles, seed: np.full((len(particles), 44, 44), args.steps, np.uint16)
-    monkeypatch.setattr(fm, "generator", generator)
-    result = fm.sweep(arguments("--run", tmp_path, "--solver", "rk4"), None, None, dataset, np.arange(50), oracle)
-    assert [point["steps"] for point in result["points"]] == [1, 2, 4, 8, 11, 16, 32]
+def test_sweep(oracle, dataset, tmp_path):
+    def case(steps):
+        return {"steps": steps, "evaluations": 4 * steps}, lambda particles, seed: np.full((len(particles), 44, 44), steps, np.uint16)
+    args = arguments("--run", tmp_path, *([] if oracle else ["--data", "own.h5"]))
+    result = metrics.sweep(args, map(case, (1, 4, 32)), dataset, np.arange(50))
+    assert [point["steps"] for point in result["points"]] == [1, 4, 32] and result["script"] == "fm"
     for point in result["points"]:
         truth = metrics.channels(dataset.responses[:50])
-        assert point["evaluations"] == 4 * point["steps"] + 1 and ("oracle" in point) == oracle
+        assert point["evaluations"] == 4 * point["steps"] and ("oracle" in point) == oracle
         assert point["W"] == metrics.wasserstein(truth, metrics.channels(np.full((50, 44, 44), point["steps"])))
     assert json.loads((tmp_path / "sweep.json").read_text()) == common.plain(result)
     assert (tmp_path / "sweep.png").exists()
@@ -533,9 +534,11 @@ def test_sweep(oracle, dataset, tmp_path, monkeypatch):
 
 def test_a_loaded_model_is_only_swept(trained, tmp_path, monkeypatch):
     swept, flags = [], ["--load", str(trained[0] / "model.eqx"), "--sweep", "--run", str(tmp_path / "run")]
-    monkeypatch.setattr(fm, "sweep", lambda args, net, scaler, dataset, rows, oracle: swept.append(rows) or "points")
-    assert fm.main([*tiny.FLAGS, *flags]) == "points"
-    np.testing.assert_array_equal(swept, [data.split_rows(700, 0)[1]])         # the validation rows
+    monkeypatch.setattr(metrics, "sweep", lambda args, cases, dataset, rows: swept.append((cases, rows)) or "points")
+    assert fm.main([*tiny.FLAGS, *flags, "--solver", "rk4"]) == "points"
+    [(cases, rows)] = swept
+    assert [tuple(entry.values()) for entry, _ in cases] == [(steps, 4 * steps + 1) for steps in (1, 2, 4, 8, 11, 16, 32)]
+    np.testing.assert_array_equal(rows, data.split_rows(700, 0)[1])            # the validation rows
     assert not (tmp_path / "run").exists()
 
 
@@ -585,7 +588,7 @@ def test_generated_files(job):
 
 
 def test_generating_streams(job, monkeypatch):
-    monkeypatch.setattr(fm, "BLOCK", 4)
+    monkeypatch.setattr(metrics, "BLOCK", 4)
     sizes, channels = [], metrics.channels
     monkeypatch.setattr(metrics, "channels", lambda responses: sizes.append(len(responses)) or channels(responses))
     assert len(job.generate()["responses"]) == 300 and sizes == [128, 128, 44]
@@ -594,7 +597,7 @@ def test_generating_streams(job, monkeypatch):
 @pytest.mark.parametrize("existing", [None, b"an old file"])
 @pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
 def test_nothing_half_written(job, monkeypatch, existing, error):
-    monkeypatch.setattr(fm, "BLOCK", 4)
+    monkeypatch.setattr(metrics, "BLOCK", 4)
     if existing:
         job.out.write_bytes(existing)
     before, calls, channels = {path.name for path in job.folder.iterdir()}, [], metrics.channels

@@ -77,11 +77,11 @@ def test_killed_generation(tmp_path, existing):
     data.save(tmp_path / "list.h5", dataset)
     scaler = data.fit_conditions(dataset.particles, args.cond)
     header = {"script": "fm", "detector": "zn", "flags": fm.training_flags(args), "scaler": scaler._asdict()}
-    common.save_checkpoint(tmp_path / "model.eqx", header, fm.make_network(args, 13, jax.random.key(0)))
+    common.save_checkpoint(tmp_path / "model.eqx", header, fm.make_network(args, 14, jax.random.key(0)))
     if existing:
         out.write_bytes(existing)
     # two blocks are in the file when it is killed
-    child = start(tmp_path, "fm.BLOCK = 4\nchannels = metrics.channels\n"
+    child = start(tmp_path, "metrics.BLOCK = 4\nchannels = metrics.channels\n"
                   "metrics.channels = lambda r: print('block', flush=True) or time.sleep(0.2) or channels(r)",
                   "--load model.eqx --generate list.h5 --out out.h5".split())
     for _ in range(3):

@@ -15,9 +15,9 @@ def shrink(put=setattr):
     """`put` is setattr or a monkeypatch's."""
     small = partial(fm.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
     put(fm, "NETWORKS", fm.NETWORKS | {"tiny": small})
-    put(fm, "GENERATIONS", 1)
-    put(fm, "BLOCK", 64)
     put(common, "time_sampler", partial(common.time_sampler, sizes=(64,), repeats=1))
+    put(metrics, "GENERATIONS", 1)
+    put(metrics, "BLOCK", 64)
     put(metrics, "CLASSIFIER", metrics.CLASSIFIER | dict(rows=60, epochs=1, batch=20, trainings=1))
 
 
