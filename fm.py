@@ -55,8 +55,8 @@ def flags():
                         help="of the averaged weights, per step (default: 0.999)")
     parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
                         help="largest gradient norm (default: 1)")
-    parser.add_argument("--sweep", action="store_true", 
-                        help=f"score {', '.join(map(str, SWEEP))} steps on the validation rows, with a figure; with --load nothing else")
+    parser.add_argument("--sweep", action="store_true",
+                        help="score 1 to 32 steps on the validation rows, with a figure; with --load nothing else")
     parser.add_argument("--compare", action="store_true", help="only print the cost of the networks, side by side")
     return parser
 
@@ -357,7 +357,7 @@ def batch_loss(net, counts, c, key, args):
     size, counts = len(counts), counts.astype(jnp.float32)
     time_key, *keys = jax.random.split(key, size + 1)
     if args.precision == "bf16":
-        net, c = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a, (net, c))
+        net, c = common.cast((net, c), jnp.bfloat16)
     grid = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size   # stratified: less noise in the gradient
     half = size // 2 if args.counts == "sample" else size
     t = args.exit * jnp.minimum(1.0, grid * size / half) ** 3 if args.counts == "sample" else grid
@@ -516,7 +516,8 @@ def train(args, dataset, rows, scaler):
                 common.log_line(args.run, {"step": done, "epoch": epoch, "seconds": seconds + now - began} | losses)
                 step_times.append((done, now))
                 if now - saved > 60 or done == args.epochs * per_epoch:
-                    common.save_checkpoint(args.run / "state.eqx", header | {"step": done, "seconds": seconds + now - began}, state)
+                    here = {"step": done, "seconds": seconds + now - began}
+                    common.save_checkpoint(args.run / "state.eqx", header | here, state)
                     saved, checkpoint = now, args.run / "state.eqx"
     seconds += time.perf_counter() - began
     per_step = [(b - a) / (n - m) for (m, a), (n, b) in zip(step_times, step_times[1:])]
@@ -525,7 +526,8 @@ def train(args, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    names = ("net", "counts", "exit", "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "ema", "clip", "precision")
+    names = ("net", "counts", "exit", "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "ema", "clip",
+             "precision")
     return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
 
 
@@ -543,7 +545,8 @@ def compare(args):
     for name in NETWORKS:
         here = with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
         optimiser = make_optimiser(here, 1000)
-        cases.append([here, make_step(here, optimiser), start(here, conditions, optimiser, key), sampler(here, make_network(here, conditions, key)), []])
+        draw = sampler(here, make_network(here, conditions, key))
+        cases.append([here, make_step(here, optimiser), start(here, conditions, optimiser, key), draw, []])
     for _ in range(4):                                                         # the first round compiles and does not count
         for case in cases:
             _, step, state, draw, times = case
@@ -553,12 +556,13 @@ def compare(args):
             middle = time.perf_counter()
             jax.block_until_ready(draw(c, key))
             times.append((middle - began, time.perf_counter() - middle))
-    print(f"{'network':>8} {'parameters':>11} {'MFLOP':>8} {'step s':>8} {'ratio':>7} {'evaluations':>12} {'ms per response':>16} {'ratio':>7}")
+    print(f"{'network':>8} {'parameters':>11} {'MFLOP':>8} {'step s':>8} {'ratio':>7} {'evaluations':>12} "
+          f"{'ms per response':>16} {'ratio':>7}")
     rows = []
     for here, _, state, _, times in cases:
         step_seconds, seconds = np.min(times[1:], axis=0)
-        row = {"net": here.net, **common.network_cost(state.net, detector.shape, (), (conditions,)), "evaluations": evaluations(here),
-               "step_seconds": step_seconds, "ms_per_response": 1e3 * seconds / args.batch_size}
+        row = {"net": here.net, **common.network_cost(state.net, detector.shape, (), (conditions,)),
+               "evaluations": evaluations(here), "step_seconds": step_seconds, "ms_per_response": 1e3 * seconds / args.batch_size}
         rows.append(row)
         ratios = [rows[0][name] / row[name] for name in ("step_seconds", "ms_per_response")]
         print(f"{row['net']:>8} {row['parameters']:11d} {row['mflop']:8.1f} {row['step_seconds']:8.3f} {ratios[0]:7.1f} "
@@ -570,7 +574,8 @@ def compare(args):
 
 
 def load_model(args):
-    """(network, scaler, header) of --load; the flags that shape them come from the checkpoint. UserError if it is another script's."""
+    """(network, scaler, header) of --load; the flags that shape them come from the checkpoint. UserError if it is of another
+    script or detector."""
     header = common.read_header(args.load, "fm", args.detector)
     if "scaler" not in header:
         raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
@@ -623,8 +628,8 @@ def report(args, net, scaler, rows, tests, trained, times):
               **common.network_cost(net, data.DETECTORS[args.detector].shape, (), (conditions,)), "steps": args.steps,
               "solver": args.solver, "evaluations": evaluations(args), **times,
               **common.time_sampler(lambda size: draw(np.zeros((size, conditions), np.float32), jax.random.key(0)))}
-    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; ms per "
-          "response: " + ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items()))
+    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per "
+          "response; ms per response: " + ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items()))
     result |= metrics.score_model(args, metrics.generator(args, draw, scaler), tests, f"{evaluations(args)} evaluations each")
     if not args.load:
         common.plot_training(args.run / "training.png", common.read_log(args.run))

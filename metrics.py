@@ -639,9 +639,10 @@ def sweep(args, cases, dataset, rows):
         began = time.perf_counter()
         found = channels(generate(particles, 0))
         ms = 1e3 * (time.perf_counter() - began) / len(rows)
-        points.append(entry | {"W": wasserstein(truth, found), "MAE": mae(truth, found), "ms_per_response": ms} | oracle)
-        reference = f"{oracle['oracle']:8.3f}" if oracle else f"{'-':>8}"
-        print(f"{entry['steps']:6d} {entry['evaluations']:12d} {points[-1]['W']:8.3f} {reference} {points[-1]['MAE']:8.2f} {ms:16.3f}")
+        point = entry | {"W": wasserstein(truth, found), "MAE": mae(truth, found), "ms_per_response": ms} | oracle
+        reference = f"{point['oracle']:8.3f}" if oracle else f"{'-':>8}"
+        print(f"{point['steps']:6d} {point['evaluations']:12d} {point['W']:8.3f} {reference} {point['MAE']:8.2f} {ms:16.3f}")
+        points.append(point)
     common.plot_sweep(args.run / "sweep.png", points)
     result = {"script": args.script, "detector": args.detector, "command": args.command, "device": common.device_name(),
               "rows": len(rows), "split": "validation", "points": points}
