@@ -33,11 +33,12 @@ SCORE_HEAD = ("W", "oracle", "R", "MAE (oracle)", "AUC low", "AUC high", "lit % 
 
 
 def results(root):
-    """A row for the seen and one for the unseen particles of each model."""
+    """A row for the seen and one for the unseen particles of each model, at last those of the default command."""
     head = ("detector", "particles", "test rows", *SCORE_HEAD, "ms per response", "parameters", "training, min", "command")
     return markdown(head, [(r["detector"].upper(), part, str(r["rows"][part]), *score_cells(r, part), number(r["ms_per_response"].get("256"), ".3f"),
                             str(r["parameters"]), number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`")
-                           for r in read(root / "weights", "fm-*.json") for part in ("seen", "unseen") if r[part]])
+                           for r in read(root / "weights", "fm-*.json") + read(root / "results", "fm-default-*.json")
+                           for part in ("seen", "unseen") if r[part]])
 
 
 def counts(root):
