@@ -417,7 +417,8 @@ def plot_sweep(path, points):
             axis.axhline(points[0]["oracle"], color="0.5", linestyle="--", label="oracle")
         axis.set(xscale="log", xlabel=label, ylabel="W")
         axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xticks([point[name] for point in points], [f"{point[name]:.2g}" for point in points], fontsize=7)
+        axis.minorticks_off()
     axes[0, 0].legend()
     _save_figure(path, figure)
 
