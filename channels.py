@@ -210,12 +210,10 @@ def fit(model, args, training, validation):
         return MISSING, None
 
 
-def split(dataset, parts):
-    """Training, validation and test set of the row numbers `parts`. UserError where one has less than 25 rows (of 25
-    neighbours)."""
+def check_parts(parts):
+    """UserError where the training, validation or test rows are less than 25 (of 25 neighbours)."""
     if min(map(len, parts)) < 25:
-        raise UserError(f"{len(dataset.pdg)} rows are too few, expected 25 to train, to validate and to test")
-    return [data.Dataset(*(field[rows] for field in dataset)) for rows in parts]
+        raise UserError(f"{sum(map(len, parts))} rows are too few, expected 25 to train, to validate and to test")
 
 
 def pair(dataset):
@@ -228,7 +226,9 @@ def direct_estimates(dataset, name, seed=0):
     a missing scikit-learn. They are no generative models, so they tell how hard a data set is. 306 780 rows take about
     two minutes."""
     args = flags().parse_args(["--detector", name, "--seed", str(seed), "--quiet"])
-    training, validation, (particles, truth) = map(pair, split(dataset, data.split_rows(len(dataset.pdg), seed)))
+    parts = data.split_rows(len(dataset.pdg), seed)
+    check_parts(parts)
+    training, validation, (particles, truth) = (pair(data.select(dataset, rows)) for rows in parts)
     found = {label: fit(model, args, training, validation)[1] for label, model in REGRESSIONS.items()}
     return {label: predict and metrics.wasserstein(truth, predict(particles)) for label, predict in found.items()}
 
@@ -268,7 +268,8 @@ def main(argv=None):
     args = flags().parse_args(argv)
     common.enable_compilation_cache()
     dataset, parts = data.open_split(args, args.seed)
-    training, validation, _ = map(pair, split(dataset, parts))
+    check_parts(parts)
+    training, validation = (pair(data.select(dataset, rows)) for rows in parts[:2])
     tests = {name: (*pair(test), reference(args, test))
              for name, test in data.test_sets(args, dataset, parts[2], args.seed).items()}
     rows = {name: len(part[0]) for name, part in {"train": training, "validation": validation, **tests}.items()}

@@ -793,6 +793,11 @@ def split_particles(particles, seed):
     return tuple(np.flatnonzero(np.isin(ids, part)) for part in parts)
 
 
+def select(dataset, rows):
+    """The Dataset of the given rows."""
+    return Dataset(*(field[rows] for field in dataset))
+
+
 def open_split(args, seed):
     """(Dataset, (train, validation, test)): what --detector, --data, --n and --split name, and the row numbers of its parts."""
     dataset = load(args.data, args.detector) if args.data else open_data(args.detector, args.n, seed, quiet=args.quiet)
@@ -803,7 +808,7 @@ def open_split(args, seed):
 def test_sets(args, dataset, rows, seed):
     """{"seen": Dataset, "unseen": Dataset} to test on: the test `rows` are one of them, by --split; fresh particles of the
     simulator, at most UNSEEN, the other."""
-    test = Dataset(*(field[rows] for field in dataset))
+    test = select(dataset, rows)
     if args.split == "particles":
         return {"unseen": test}
     if args.data:
@@ -955,7 +960,7 @@ def _check_oracle(name, dataset, seed):
     """Rows on the spread between runs of one particle: the oracle's MAE and RMSE, and W of paired halves, on the test rows."""
     import metrics   # the check stands above the modules that it checks the data with
     published, rows = PUBLISHED[name], split_rows(len(dataset.pdg), seed)[2]
-    real, particles, pdg = (field[rows] for field in dataset)
+    real, particles, pdg = select(dataset, rows)
     again = simulate(DETECTORS[name], particles, pdg, 1000)
     yield _row("oracle MAE", published["MAE"], metrics.mae(metrics.channels(real), metrics.channels(again)), relative=0.1)
     if published["RMSE"]:

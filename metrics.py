@@ -629,7 +629,7 @@ def plot(folder, test, generated):
 def sweep(args, cases, dataset, rows):
     """W, MAE and ms per response on the validation rows for `cases`, pairs (entry, generate) with "steps" and
     "evaluations" in the entry (paper 002, Fig. 5): printed, drawn, written to sweep.json and returned."""
-    real, particles, pdg = (field[rows] for field in dataset)
+    real, particles, pdg = data.select(dataset, rows)
     truth, points, oracle = channels(real), [], {}
     if not args.data:
         oracle["oracle"] = wasserstein(truth, channels(data.simulate(data.DETECTORS[args.detector], particles, pdg, 1000)))
