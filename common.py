@@ -7,6 +7,7 @@ import argparse
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -117,8 +118,13 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if isinstance(value, dict):
                 setattr(args, name, value[args.detector])
-        if getattr(args, "generate", None) and not args.out:
-            self.error("--generate needs --out")
+        if getattr(args, "generate", None):
+            if not args.load:
+                self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-zn.eqx")
+            if not args.out:
+                self.error("--generate needs --out")
+        if getattr(args, "load", None) and args.resume:
+            self.error("--resume continues a training, it does not go with --load")
         if "devices" in args and args.batch_size % args.devices:
             self.error("--batch-size must be a multiple of --devices")
         return args
@@ -248,19 +254,22 @@ def cut_log(folder, step=-1):
 def cast(tree, dtype):
     """`tree` with its floating-point arrays, or their shapes, in another type."""
     def change(leaf):
-        if not eqx.is_inexact_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
             return leaf
         return leaf.astype(dtype) if eqx.is_array(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype)
     return jax.tree.map(change, tree)
+
+
+def rounded(tree):
+    """`tree` with its numbers rounded to float16, as a checkpoint with half=True keeps them."""
+    return cast(cast(tree, jnp.float16), jnp.float32)
 
 
 @first_host_only
 def save_checkpoint(path, header, tree, half=False):
     """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`.
 
-    `half`: weights as float16, half the size. Loaded again they are cast(cast(tree, float16), float32).
+    `half`: weights as float16, half the size. Loaded again they are `rounded(tree)`.
     """
     leaves = io.BytesIO()
     eqx.tree_serialise_leaves(leaves, cast(tree, jnp.float16) if half else tree, filter_spec=_save_leaf)
@@ -432,6 +441,54 @@ def progress(what, label, quiet=False):
     return tqdm(rounds, desc=label, disable=quiet, mininterval=interval, dynamic_ncols=True)
 
 
+class Logbook:
+    """The book that a training loop keeps: a progress bar, log.jsonl every 50 steps, the state once a minute and at the end.
+
+    `header` stands before each saved state and holds its "script", "detector", "flags" and "rows", which --resume wants
+    unchanged. `step` counts the steps done, out of `steps`.
+    """
+
+    def __init__(self, args, header, steps):
+        self.args, self.header, self.steps, self.path = args, header, steps, args.run / "state.eqx"
+        self.step, self.before, self.checkpoint, self.logged = 0, 0.0, "none", []
+
+    def begin(self, state):
+        """The state to start from: `state` itself or, with --resume, the saved one, a tree of the same shapes."""
+        if self.args.resume:
+            found, state = resume(self.path, self.header, state)
+            self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
+        cut_log(self.args.run, self.step if self.args.resume else -1)
+        label = f"training {self.header['script']} on {self.header['detector']}"
+        self.bar = progress(self.steps, label, self.args.quiet)
+        self.bar.update(self.step)
+        self.began = self.saved = time.perf_counter()
+        return state
+
+    def record(self, state, losses):
+        """To be called after each step with its state and its losses, a dict of scalars, which the device is asked for only
+        now and then. UserError if one is not finite."""
+        self.step += 1
+        self.bar.update()
+        if self.step % 50 and self.step < self.steps:
+            return
+        losses = {name: float(value) for name, value in losses.items()}
+        now = time.perf_counter()
+        here = {"step": self.step, "seconds": self.before + now - self.began}
+        check_finite(sum(losses.values()), self.step, self.checkpoint)
+        log_line(self.args.run, here | losses)
+        self.logged.append((self.step, now))
+        if now - self.saved > 60 or self.step == self.steps:
+            save_checkpoint(self.path, self.header | here, state)
+            self.saved, self.checkpoint = now, self.path
+
+    def end(self):
+        """{"train_seconds": of this run and those before, "step_seconds": median, None without two lines in the log}."""
+        self.bar.close()
+        per_step = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(self.logged)]
+        return {"train_seconds": self.before + time.perf_counter() - self.began,
+                "step_seconds": float(np.median(per_step)) if per_step else None}
+
+
 def time_sampler(sample, sizes=(1, 32, 256, 8192), repeats=5):
     """Time `sample(batch_size) -> array`: {"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}}.
 
@@ -444,10 +501,26 @@ def time_sampler(sample, sizes=(1, 32, 256, 8192), repeats=5):
             "compile_seconds": {str(size): max(times[size][0] - medians[size], 0.0) for size in sizes}}
 
 
-def _seconds(function, argument):
+def _seconds(function, *arguments):
     start = time.perf_counter()
-    jax.block_until_ready(function(argument))
+    jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
+
+
+def race(functions, repeats=3):
+    """Seconds of each function() in the dict `functions`, the fastest of `repeats`, called in turn so that all see the same
+    machine; a first round compiles and does not count."""
+    rounds = [{name: _seconds(function) for name, function in functions.items()} for _ in range(1 + repeats)]
+    return {name: min(seconds[name] for seconds in rounds[1:]) for name in functions}
+
+
+def print_rows(rows):
+    """Print dicts with the same keys as a table."""
+    text = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    lines = [[name.replace("_", " ") for name in rows[0]], *text]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(word.rjust(width) for word, width in zip(line, widths)))
 
 
 def network_cost(net, *inputs):

@@ -823,12 +823,16 @@ class Scaler(NamedTuple):
     mode: str
 
 
+CONDITIONS = {"raw": 9, "physics": 14}   # how many
+PLACE_CM = DETECTORS["zn"].half[0]      # unit of the places among them
+
+
 def _features(particles, mode):
-    """Conditions before scaling, float64 (N, 9) or (N, 14).
+    """Conditions before scaling, float64 (N, CONDITIONS[mode]).
 
     "physics" adds what geometry gives for free: log E, charge / momentum, on which the magnets act, and three places, last:
     x and y of the straight-line impact point, and x where the dipole bends a charged particle to, from the middle of ZP, as
-    arcsinh in units of ZN's half width: linear inside, logarithmic far outside.
+    arcsinh in units of PLACE_CM: linear inside, logarithmic far outside.
     """
     wide = particles.astype(np.float64)
     if mode == "raw":
@@ -836,21 +840,43 @@ def _features(particles, mode):
     energy, vx, vy, _, px, py, pz, _, charge = wide.T
     x, y = (v + FLIGHT_CM * p / np.abs(pz) for v, p in ((vx, px), (vy, py)))
     bent = x + (FLIGHT_CM - MAGNET_CM) * _bend(charge, energy) - DETECTORS["zp"].centre
-    places = np.arcsinh(np.column_stack([x, y, bent]) / DETECTORS["zn"].half[0])
+    places = np.arcsinh(np.column_stack([x, y, bent]) / PLACE_CM)
     return np.column_stack([wide, np.log(energy), 1000 * charge / energy, places])
 
 
 def fit_conditions(particles, mode):
-    """Scaler of `conditions` from the training particles (N, 9)."""
+    """Scaler of `conditions` from the training particles (N, 9). Places keep their scale, so that a network can compare them
+    with the positions of its fibres."""
     values = _features(particles, mode)
-    std = values.std(0)
-    return Scaler(values.mean(0), np.where(std > 0, std, 1.0), mode)   # a constant column stays 0
+    mean, std = values.mean(0), values.std(0)
+    mean[11:], std[11:] = 0.0, 1.0                                     # the three of "physics"
+    return Scaler(mean, np.where(std > 0, std, 1.0), mode)             # a constant column stays 0
 
 
 def conditions(particles, scaler):
-    """Standardised conditions float32 (N, C), cut at +-10 standard deviations; C is 9 for "raw", 14 for "physics"."""
+    """Standardised conditions float32 (N, C), cut at +-10; C is CONDITIONS[mode]."""
     values = (_features(particles, scaler.mode) - scaler.mean) / scaler.std
     return np.clip(values, -10, 10).astype(np.float32)
+
+
+def save_model(args, flags, scaler, times, net):
+    """Write model.eqx into the run folder, a checkpoint of half precision for `read_model`; returns the network as it is there.
+
+    `flags`: those that decided the training; `times`: what the Logbook found."""
+    header = {"script": args.script, "detector": args.detector, "flags": flags, "scaler": scaler._asdict(),
+              "parameters": common.count_parameters(net), "scores": times}
+    common.save_checkpoint(args.run / "model.eqx", header, net, half=True)
+    return common.rounded(net)
+
+
+def read_model(args, names):
+    """(Scaler, header) of the checkpoint --load; its flags `names` replace those of `args`. UserError if it is of another script
+    or detector, or the state of a run."""
+    header = common.read_header(args.load, args.script, args.detector)
+    if "scaler" not in header:
+        raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
+    vars(args).update({name: header["flags"][name] for name in names})
+    return Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond), header
 
 
 def batches(rows, size, rng):

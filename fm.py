@@ -19,7 +19,6 @@ Prints the training, then every score of metrics.py for seen and unseen particle
 """
 import argparse
 import math
-import time
 from functools import partial
 
 import equinox as eqx
@@ -82,9 +81,9 @@ def to_patches(x, size):
 
 
 def from_patches(patches, size, shape):
-    """(patches, size * size * K) -> (K, H, W), the inverse of to_patches for each of K maps."""
+    """(patches, K * size * size) -> (K, H, W), the inverse of to_patches for each of K maps."""
     h, w = (-(-n // size) for n in shape)
-    x = patches.reshape(h, w, size, size, -1).transpose(4, 0, 2, 1, 3)         # (K, h, size, w, size)
+    x = patches.reshape(h, w, -1, size, size).transpose(2, 0, 3, 1, 4)         # (K, h, size, w, size)
     return x.reshape(-1, h * size, w * size)[:, :shape[0], :shape[1]]
 
 
@@ -95,7 +94,7 @@ def waves(c):
     Random mixtures of the conditions, the usual Fourier features, place a narrow shower as well, but with them, or with fast
     waves of every condition, the network knows its training particles by heart: W of unseen ones doubles and more.
     """
-    places = c[-3:] if len(c) > 9 else c[4:6]
+    places = c[4:6] if len(c) == data.CONDITIONS["raw"] else c[-3:]
     angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(), jnp.outer(2.0 ** jnp.arange(3, 7), places).ravel()])
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
@@ -132,12 +131,34 @@ class DenseBlock(eqx.Module):
         return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
 
 
+def vicinity(c, detector, size):
+    """Where each patch lies from the two places at which the particle may hit, flying straight on or bent by the dipole. Showers
+    look the same wherever they start, which the network is told here: without it, W of unseen particles is four times as high.
+
+    Returns the offsets of the patch in x, bent x and y, (P, 3), and bumps around both places, fibre by fibre, (P, 4, size * size):
+    1 / (1 + (r / 2 fibres)^2) and a Gaussian of one fibre. Without places among the conditions: (P, 0) and (P, 0, size * size).
+    """
+    patches = [size * jnp.arange(-(-n // size)) + (size - n) / 2 for n in detector.shape]      # middles, in fibres
+    x, y = (axis.ravel() for axis in jnp.meshgrid(*patches, indexing="ij"))                    # (P,)
+    if len(c) == data.CONDITIONS["raw"]:
+        return jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0, size**2))
+    straight, across, bent = jnp.sinh(c[-3:]) * data.PLACE_CM                  # bent is measured from the middle of ZP
+    dx, dy = x - (straight - detector.centre) / detector.pitch, y - across / detector.pitch
+    bent_dx = x - (bent + data.DETECTORS["zp"].centre - detector.centre) / detector.pitch
+    fibres = jnp.arange(size) + (1 - size) / 2
+    squares = lambda offset: jnp.square(offset[:, None] + fibres)                              # (P, size)
+    r2 = [(squares(d)[:, :, None] + squares(dy)[:, None]).reshape(len(x), -1) for d in (dx, bent_dx)]
+    bumps = [bump for r2 in r2 for bump in (1 / (1 + r2 / 4), jnp.exp(-r2 / 2))]
+    return jnp.arcsinh(jnp.stack([dx, bent_dx, dy], axis=1) / 2) / 2, jnp.stack(bumps, axis=1)
+
+
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 
-    Patches of 4 x 4 fibres shrink to a few numbers each, all of them together pass through residual blocks of one wide vector,
-    which returns a few numbers to each patch; a small network that every patch shares puts these together with the patch's own
-    x_t, so that single fibres are not lost in the narrow middle. "compact" is the same with at most 100 000 parameters.
+    Patches of 4 x 4 fibres shrink to a few numbers each; all of them, with the light around the places where the particle may
+    hit, pass through residual blocks as one wide vector, which returns a few numbers to each patch. A small network that every
+    patch shares puts these together with the patch's own x_t, so that single fibres are not lost in the narrow middle, and with
+    its vicinity to those places; the wide vector scales and shifts it. "compact" is the same with at most 100 000 parameters.
     """
     embedding: Embedding
     squeeze: eqx.nn.Linear
@@ -146,32 +167,40 @@ class Dense(eqx.Module):
     leave: eqx.nn.Linear
     position: jax.Array
     local: eqx.nn.Linear
+    modulation: eqx.nn.Linear
     head: eqx.nn.Linear
-    shape: tuple = eqx.field(static=True)
+    detector: data.Detector = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
-    def __init__(self, shape, conditions, maps, key, width, depth, down, up, hidden, embedding, size=4):
-        keys = iter(jax.random.split(key, 6 + depth))
-        patches = math.prod(-(-n // size) for n in shape)
-        self.shape, self.size = shape, size
+    def __init__(self, detector, conditions, maps, key, width, depth, down, up, hidden, embedding, size=4):
+        keys = iter(jax.random.split(key, 7 + depth))
+        offsets, bumps = vicinity(jnp.zeros(conditions), detector, size)
+        patches, near = len(bumps), offsets.shape[1] + bumps[0].size
+        self.detector, self.size = detector, size
         self.embedding = Embedding(conditions, embedding, next(keys))
         self.squeeze = linear(next(keys), size**2, down)
-        self.enter = linear(next(keys), down * patches, width)
+        self.enter = linear(next(keys), down * patches + bumps.shape[1], width)
         self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
         self.leave = linear(next(keys), width, up * patches)
         self.position = jnp.zeros((patches, hidden))
-        self.local = linear(next(keys), up + size**2, hidden)
+        self.local = linear(next(keys), up + size**2 + near, hidden)
+        self.modulation = linear(next(keys), width, 2 * hidden)
         self.head = linear(next(keys), hidden, maps * size**2, scale=0.1)
 
     def __call__(self, x, t, c):
         patches = to_patches(0.5 * x, self.size)                               # (P, 16)
+        offsets, bumps = vicinity(c, self.detector, self.size)
+        light = jnp.einsum("pkf,pf->k", bumps, patches) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)    # noise as in a fibre
+        h = self.enter(jnp.concatenate([jax.vmap(self.squeeze)(patches).ravel(), light]))            # (width,)
         e = self.embedding(t, c)
-        h = self.enter(jax.vmap(self.squeeze)(patches).ravel())                # (width,)
         for block in self.blocks:
             h = block(h, e)
-        context = self.leave(normalise(h)).reshape(len(patches), -1)           # (P, up)
-        h = jax.vmap(self.local)(jnp.concatenate([context, patches], axis=1)) + self.position
-        return from_patches(jax.vmap(self.head)(jax.nn.silu(h)), self.size, self.shape)
+        h = normalise(h)
+        context = self.leave(h).reshape(len(patches), -1)                      # (P, up)
+        inputs = jnp.concatenate([context, patches, offsets, bumps.reshape(len(patches), -1)], axis=1)
+        scale, shift = jnp.split(self.modulation(h), 2)
+        h = (jax.vmap(self.local)(inputs) + self.position) * (1 + scale) + shift                     # (P, hidden)
+        return from_patches(jax.vmap(self.head)(jax.nn.silu(h)), self.size, self.detector.shape)
 
 
 def convolve(x, kernel, stride=1):
@@ -242,7 +271,7 @@ class PaperUNet(eqx.Module):
     norm: eqx.nn.LayerNorm
     head: jax.Array
 
-    def __init__(self, shape, conditions, maps, key, widths=(8, 12, 16)):
+    def __init__(self, detector, conditions, maps, key, widths=(8, 12, 16)):
         keys = iter(jax.random.split(key, 64))
         a, b, c = widths
         embedding = 2 * a
@@ -282,7 +311,7 @@ class PaperUNet(eqx.Module):
 
 
 NETWORKS = {"paper": PaperUNet,
-            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=48, embedding=32),
+            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
@@ -290,7 +319,7 @@ def make_network(args, conditions, key):
     """One map is the velocity (the paper's network with the papers' counts), four are the denoised response, three more
     the distribution of the counts."""
     maps = 7 if args.counts == "sample" else 1 if args.net == "paper" else 4
-    return NETWORKS[args.net](data.DETECTORS[args.detector].shape, conditions, maps, key)
+    return NETWORKS[args.net](data.DETECTORS[args.detector], conditions, maps, key)
 
 
 # ------------------------------------------------------------------------------------------------------------ objective
@@ -340,14 +369,27 @@ def draw_counts(location, scale, key):
     return jnp.floor(jnp.square(x / 2) + 0.5)
 
 
-def path_loss(net, counts, t, c, how, key):
-    """Eq. 6 for one response; returns the loss, the maps and x_t."""
+def path_error(net, counts, t, c, how, key):
+    """v_theta - v_t (H, W) of Eq. 6 for one response, the maps of the network and x_t."""
     noise_key, state_key = jax.random.split(key)
     x1 = to_state(counts, how, state_key)
     x0 = jax.random.normal(noise_key, x1.shape)
     x = (1 - t) * x0 + t * x1                                                  # Eq. 3
     maps = net(x, t, c)
-    return jnp.mean(jnp.square(velocity(maps, x, t) - (x1 - x0))), maps, x     # Eq. 4 and 6
+    return velocity(maps, x, t) - (x1 - x0), maps, x                           # Eq. 4
+
+
+def emphasis(error, c, detector):
+    """A number to add to the square of an error (H, W), summed over fibres: the squares of some of its sums, weighted.
+
+    How bright a shower is this time hardly shows in any one fibre, and a network that learns fibres first makes responses too
+    alike. The mean of x_1 minimises every square of a sum of the error as well, so this changes what is learnt first, not
+    what is right. The sums have weights of unit length: the bumps at the impact, blocks of 4 and of 16 fibres, and all.
+    """
+    bumps = vicinity(c, detector, 4)[1]
+    light = jnp.einsum("pkf,pf->k", bumps, to_patches(error, 4)) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)
+    blocks = sum(weight * jnp.sum(jnp.square(to_patches(error, size).sum(1) / size)) for size, weight in ((4, 0.6), (16, 2.4)))
+    return 4 * jnp.sum(light**2) + blocks + 6 * jnp.sum(error)**2 / error.size                      # weights: [validation rows]
 
 
 def batch_loss(net, counts, c, key, args):
@@ -361,13 +403,15 @@ def batch_loss(net, counts, c, key, args):
     grid = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size   # stratified: less noise in the gradient
     half = size // 2 if args.counts == "sample" else size
     t = args.exit * jnp.minimum(1.0, grid * size / half) ** 3 if args.counts == "sample" else grid
-    losses, maps, x = jax.vmap(lambda n, t, c, k: path_loss(net, n, t, c, args.counts, k))(counts, t, c, jnp.stack(keys))
-    path = losses[:half].mean()
+    errors, maps, x = jax.vmap(lambda n, t, c, k: path_error(net, n, t, c, args.counts, k))(counts, t, c, jnp.stack(keys))
+    path = jnp.mean(errors[:half]**2)                                          # Eq. 6
     if args.counts != "sample":
         return path, {"path": path}
+    sums = jax.vmap(lambda e, c: emphasis(e, c, data.DETECTORS[args.detector]))(errors[:half], c[:half]).mean() / counts[0].size
     location, scale = jax.vmap(count_distribution)(maps[half:], x[half:])
     likelihood = count_loss(counts[half:], location, scale).mean()
-    return path + 10 * likelihood, {"path": path, "nats per fibre": likelihood}   # 10: gradients of like size [validation]
+    # 10: gradients of like size [validation rows]
+    return path + sums + 10 * likelihood, {"path": path, "sums": sums, "nats per fibre": likelihood}
 
 
 # -------------------------------------------------------------------------------------------------------------- sampler
@@ -487,40 +531,18 @@ def train(args, dataset, rows, scaler):
     per_epoch = len(rows) // args.batch_size
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
-    state = start(args, conditions.shape[1], optimiser, model_key)
     header = {"script": "fm", "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
-    done, seconds = 0, 0.0
-    if args.resume:
-        found, state = common.resume(args.run / "state.eqx", header, state)
-        done, seconds = found["step"], found["seconds"]
-    common.cut_log(args.run, done if args.resume else -1)
-    state, step = common.replicate(state, mesh), make_step(args, optimiser)
-    began = saved = time.perf_counter()
-    step_times, checkpoint = [], args.run / "state.eqx" if done else "none"
-    with common.progress(args.epochs * per_epoch, f"training fm on {args.detector}", args.quiet) as bar:
-        bar.update(done)
-        for epoch in range(done // per_epoch, args.epochs):
-            order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
-            for batch_rows in order[done % per_epoch:]:
-                batch_rows = np.split(batch_rows, jax.process_count())[jax.process_index()]   # those of this host
-                batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
-                state, losses = step((*batch, train_key, np.int32(done)), state)
-                done += 1
-                bar.update()
-                if done % 50 and done < args.epochs * per_epoch:
-                    continue                                                   # the device is asked for numbers only now and then
-                losses = {name: float(value) for name, value in losses.items()}
-                now = time.perf_counter()
-                common.check_finite(sum(losses.values()), done, checkpoint)
-                common.log_line(args.run, {"step": done, "epoch": epoch, "seconds": seconds + now - began} | losses)
-                step_times.append((done, now))
-                if now - saved > 60 or done == args.epochs * per_epoch:
-                    here = {"step": done, "seconds": seconds + now - began}
-                    common.save_checkpoint(args.run / "state.eqx", header | here, state)
-                    saved, checkpoint = now, args.run / "state.eqx"
-    seconds += time.perf_counter() - began
-    per_step = [(b - a) / (n - m) for (m, a), (n, b) in zip(step_times, step_times[1:])]
-    return state.ema, {"train_seconds": seconds, "step_seconds": float(np.median(per_step)) if per_step else None}
+    book = common.Logbook(args, header, args.epochs * per_epoch)
+    state = common.replicate(book.begin(start(args, conditions.shape[1], optimiser, model_key)), mesh)
+    step = make_step(args, optimiser)
+    for epoch in range(book.step // per_epoch, args.epochs):
+        order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
+        for batch_rows in order[book.step % per_epoch:]:
+            batch_rows = np.split(batch_rows, jax.process_count())[jax.process_index()]       # those of this host
+            batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
+            state, losses = step((*batch, train_key, np.int32(book.step)), state)
+            book.record(state, losses)
+    return state.ema, book.end()
 
 
 def training_flags(args):
@@ -536,52 +558,38 @@ def with_flags(args, **changed):
     return argparse.Namespace(**vars(args) | changed)
 
 
+def steps(step, batch, state):
+    """Train on one batch for ever, a step for each next()."""
+    while True:
+        state, losses = step(batch, state)
+        yield losses
+
+
 def compare(args):
     """Cost of the networks side by side, in turn and several times: parameters, MFLOP, training step and ms per response."""
-    detector, conditions, cases = data.DETECTORS[args.detector], 14, []
+    detector, conditions = data.DETECTORS[args.detector], data.CONDITIONS[args.cond]
     counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *detector.shape)).astype(np.uint16)
     c, key = np.zeros((args.batch_size, conditions), np.float32), jax.random.key(0)
+    costs, functions = [], {}
     for name in NETWORKS:
         here = with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
         optimiser = make_optimiser(here, 1000)
-        draw = sampler(here, make_network(here, conditions, key))
-        cases.append([here, make_step(here, optimiser), start(here, conditions, optimiser, key), draw, []])
-    for _ in range(4):                                                         # the first round compiles and does not count
-        for case in cases:
-            _, step, state, draw, times = case
-            began = time.perf_counter()
-            case[2], losses = step((counts, c, key, np.int32(0)), state)
-            jax.block_until_ready(losses)
-            middle = time.perf_counter()
-            jax.block_until_ready(draw(c, key))
-            times.append((middle - began, time.perf_counter() - middle))
-    print(f"{'network':>8} {'parameters':>11} {'MFLOP':>8} {'step s':>8} {'ratio':>7} {'evaluations':>12} "
-          f"{'ms per response':>16} {'ratio':>7}")
-    rows = []
-    for here, _, state, _, times in cases:
-        step_seconds, seconds = np.min(times[1:], axis=0)
-        row = {"net": here.net, **common.network_cost(state.net, detector.shape, (), (conditions,)),
-               "evaluations": evaluations(here), "step_seconds": step_seconds, "ms_per_response": 1e3 * seconds / args.batch_size}
-        rows.append(row)
-        ratios = [rows[0][name] / row[name] for name in ("step_seconds", "ms_per_response")]
-        print(f"{row['net']:>8} {row['parameters']:11d} {row['mflop']:8.1f} {row['step_seconds']:8.3f} {ratios[0]:7.1f} "
-              f"{row['evaluations']:12d} {row['ms_per_response']:16.3f} {ratios[1]:7.1f}")
+        net = make_network(here, conditions, key)
+        costs.append({"net": name, **common.network_cost(net, detector.shape, (), (conditions,)), "evaluations": evaluations(here)})
+        state = start(here, conditions, optimiser, key)
+        functions[name, "step"] = partial(next, steps(make_step(here, optimiser), (counts, c, key, np.int32(0)), state))
+        functions[name, "draw"] = partial(sampler(here, net), c, key)
+    seconds = common.race(functions)
+    for row in costs:
+        first, name = costs[0]["net"], row["net"]
+        row |= {"step_seconds": seconds[name, "step"], "step_ratio": seconds[first, "step"] / seconds[name, "step"],
+                "ms_per_response": 1e3 * seconds[name, "draw"] / args.batch_size,
+                "response_ratio": seconds[first, "draw"] / seconds[name, "draw"]}
+    common.print_rows(costs)
     result = {"script": "fm", "detector": args.detector, "command": args.command, "batch": args.batch_size,
-              "device": common.device_name(), "networks": rows}
+              "device": common.device_name(), "networks": costs}
     common.write_json(args.run / "compare.json", result)
     return result
-
-
-def load_model(args):
-    """(network, scaler, header) of --load; the flags that shape them come from the checkpoint. UserError if it is of another
-    script or detector."""
-    header = common.read_header(args.load, "fm", args.detector)
-    if "scaler" not in header:
-        raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
-    vars(args).update({name: header["flags"][name] for name in ("net", "counts", "exit", "cond", "n", "split")})
-    scaler = data.Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond)
-    like = eqx.filter_eval_shape(make_network, args, len(scaler.mean), jax.random.key(0))   # compiles nothing
-    return common.load_checkpoint(args.load, like)[1], scaler, header
 
 
 def main(argv=None):
@@ -591,12 +599,10 @@ def main(argv=None):
     common.enable_compilation_cache()
     if args.compare:
         return compare(args)
-    if args.generate and not args.load:
-        raise UserError("--generate needs --load, a checkpoint such as weights/fm-zn.eqx")
-    if args.load and args.resume:
-        raise UserError("--resume continues a training, it does not go with --load")
     if args.load:
-        net, scaler, header = load_model(args)
+        scaler, header = data.read_model(args, ("net", "counts", "exit", "cond", "n", "split"))
+        like = eqx.filter_eval_shape(make_network, args, len(scaler.mean), jax.random.key(0))  # compiles nothing
+        net = common.load_checkpoint(args.load, like)[1]
         if args.generate:
             return metrics.generate_file(args, metrics.generator(args, sampler(args, net), scaler))
         trained, times = header["flags"], header["scores"]
@@ -607,36 +613,17 @@ def main(argv=None):
             raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
         scaler, trained = data.fit_conditions(dataset.particles[split[0]], args.cond), training_flags(args)
         net, times = train(args, dataset, split[0], scaler)
-        net = common.cast(common.cast(net, jnp.float16), jnp.float32)          # as model.eqx keeps it
+        net = data.save_model(args, trained, scaler, times, net)
     if args.sweep:
         cases = [with_flags(args, steps=steps) for steps in SWEEP]
         found = metrics.sweep(args, [({"steps": case.steps, "evaluations": evaluations(case)},
                                       metrics.generator(args, sampler(case, net), scaler)) for case in cases], dataset, split[1])
         if args.load:
             return found
-    tests = data.test_sets(args, dataset, split[2], seed)
-    return report(args, net, scaler, len(split[0]), tests, trained, times)
-
-
-def report(args, net, scaler, rows, tests, trained, times):
-    """Score seen and unseen particles, write the run folder, return metrics.json. `rows`: how many were trained on."""
-    draw, conditions = sampler(args, net), len(scaler.mean)
-    result = {"script": "fm", "detector": args.detector, "command": args.command,
-              "versions": common.versions(), "device": common.device_name(), "flags": trained,
-              "rows": {"train": rows} | {name: len(test.pdg) for name, test in tests.items()},
-              **common.network_cost(net, data.DETECTORS[args.detector].shape, (), (conditions,)), "steps": args.steps,
-              "solver": args.solver, "evaluations": evaluations(args), **times,
-              **common.time_sampler(lambda size: draw(np.zeros((size, conditions), np.float32), jax.random.key(0)))}
-    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per "
-          "response; ms per response: " + ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items()))
-    result |= metrics.score_model(args, metrics.generator(args, draw, scaler), tests, f"{evaluations(args)} evaluations each")
-    if not args.load:
-        common.plot_training(args.run / "training.png", common.read_log(args.run))
-        common.save_checkpoint(args.run / "model.eqx", {"script": "fm", "detector": args.detector, "flags": trained,
-                               "scaler": scaler._asdict(), "parameters": result["parameters"], "scores": times}, net, half=True)
-    common.write_json(args.run / "metrics.json", result)
-    print(f"written: {args.run}/")
-    return result
+    cost = common.network_cost(net, data.DETECTORS[args.detector].shape, (), (len(scaler.mean),))
+    result = {"flags": trained, "rows": {"train": len(split[0])}, **cost, "steps": args.steps, "solver": args.solver,
+              "evaluations": evaluations(args), **times}
+    return metrics.report(args, sampler(args, net), scaler, data.test_sets(args, dataset, split[2], seed), result)
 
 
 if __name__ == "__main__":

@@ -596,6 +596,27 @@ def generator(args, draw, scaler):
     return generate
 
 
+def report(args, draw, scaler, tests, result):
+    """Time `draw` and score it on the data sets `tests` (data.test_sets): prints the table, draws samples.png, channels.png and
+    the training, writes metrics.json into the run folder and returns what that holds.
+
+    `result`: the script's own entries, among them "flags", "rows", "parameters", "mflop" and "evaluations" per response.
+    """
+    key, zeros = jax.random.key(0), lambda size: np.zeros((size, len(scaler.mean)), np.float32)
+    result = {"script": args.script, "detector": args.detector, "command": args.command, "versions": common.versions(),
+              "device": common.device_name()} | result | common.time_sampler(lambda size: draw(zeros(size), key))
+    result["rows"] |= {name: len(test.pdg) for name, test in tests.items()}
+    times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())
+    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; "
+          f"ms per response: {times}")
+    result |= score_model(args, generator(args, draw, scaler), tests, f"{result['evaluations']} evaluations each")
+    if not args.load:
+        common.plot_training(args.run / "training.png", common.read_log(args.run))
+    common.write_json(args.run / "metrics.json", result)
+    print(f"written: {args.run}/")
+    return result
+
+
 def score_model(args, generate, tests, label):
     """Generate for the data sets `tests` (data.test_sets), print every score, draw samples.png and channels.png of the
     first into the run folder. Returns {"seen": scores or None, "unseen": scores or None}; `label` ends the titles."""

@@ -83,7 +83,7 @@ def test_half_checkpoint(tmp_path):
     assert sizes[1] - sizes[0] == pytest.approx(2 * (1000 + common.count_parameters(model())), abs=20)   # the checksum's digits
     like = tree | {"net": eqx.filter_eval_shape(model), "large": jnp.zeros(1000)}
     assert_equal_bits(common.load_checkpoint(tmp_path / "half", like)[1], rounded | {"large": jnp.ones(1000)})
-    assert_equal_bits(common.cast(common.cast(tree, jnp.float16), jnp.float32), rounded)
+    assert_equal_bits(common.rounded(tree), rounded)
 
 
 def test_checkpoint_holds_scaler_and_paths(tmp_path):
@@ -360,7 +360,9 @@ def test_a_script_may_have_fewer_flags():
     ("--precision f16", "argument --precision: invalid choice"),
     ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ("file", "unrecognized arguments: file"),
-    ("--generate particles.h5", "--generate needs --out"),
+    ("--generate particles.h5", "--generate needs --load, a checkpoint such as weights/"),
+    ("--load model.eqx --generate particles.h5", "--generate needs --out"),
+    ("--load model.eqx --resume", "--resume continues a training, it does not go with --load"),
     ("--batch-size 9 --devices 2", "--batch-size must be a multiple of --devices"),
 ])
 def test_wrong_flags(flags, message, capsys):

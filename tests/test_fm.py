@@ -143,14 +143,35 @@ def test_velocity_from_an_exact_response():
     np.testing.assert_array_equal(fm.velocity(x0[None], x, t), x0)             # the paper's network gives it directly
 
 
-def test_path_loss_is_zero_for_the_right_velocity():
+def test_path_error_is_zero_for_the_right_velocity():
     counts, key = jnp.asarray(np.random.default_rng(2).poisson(0.5, (44, 44)), jnp.float32), jax.random.key(3)
     x1 = fm.to_state(counts, "sample", key)
-    loss, maps, x = fm.path_loss(lambda x, t, c: denoised(x1), counts, 0.4, None, "sample", key)
-    assert loss < 1e-10 and maps.shape == (4, 44, 44)
+    error, maps, x = fm.path_error(lambda x, t, c: denoised(x1), counts, 0.4, None, "sample", key)
+    assert abs(error).max() < 1e-4 and maps.shape == (4, 44, 44)
     np.testing.assert_allclose((x - 0.4 * x1).std(), 0.6, rtol=0.05)
-    wrong = fm.path_loss(lambda x, t, c: denoised(x1 + 0.6), counts, 0.4, None, "sample", key)[0]
-    assert wrong == pytest.approx(1, rel=1e-5)
+    wrong = fm.path_error(lambda x, t, c: denoised(x1 + 0.6), counts, 0.4, None, "sample", key)[0]
+    np.testing.assert_allclose(wrong, 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("detector", data.DETECTORS.values(), ids=data.DETECTORS)
+def test_emphasis(detector):
+    """Against sums written out, and for white noise the sum of its weights, since every direction has unit length."""
+    rng, (h, w) = np.random.default_rng(4), detector.shape
+    c = np.zeros(14, np.float32)
+    c[[11, 13]] = np.arcsinh(np.array([detector.centre, detector.centre - 19.3]) / 3.52)     # both places in the middle
+    r2 = (np.arange(h)[:, None] + 0.5 - h / 2)**2 + (np.arange(w) + 0.5 - w / 2)**2
+    directions = [(4 * 2, bump / np.sqrt((bump**2).sum())) for bump in (1 / (1 + r2 / 4), np.exp(-r2 / 2))]    # two places
+    directions.append((6, np.full((h, w), (h * w) ** -0.5)))
+    for size, weight in ((4, 0.6), (16, 2.4)):
+        for i in range(0, h, size):
+            for j in range(0, w, size):
+                block = np.zeros((h, w))
+                block[i:i + size, j:j + size] = 1 / size
+                directions.append((weight, block))
+    error = rng.normal(size=(h, w)).astype(np.float32)
+    expected = sum(weight * (direction * error).sum()**2 for weight, direction in directions)
+    assert fm.emphasis(jnp.asarray(error), jnp.asarray(c), detector) == pytest.approx(expected, rel=2e-3)
+    assert fm.emphasis(jnp.asarray(error), jnp.zeros(9), detector) < expected      # raw conditions know no places
 
 
 def probabilities(counts, location, scale):
@@ -198,7 +219,8 @@ def test_halves_of_a_batch(monkeypatch):
     exit."""
     seen, loss = [], fm.count_loss
     maps = jnp.zeros((7, 44, 44))
-    monkeypatch.setattr(fm, "path_loss", lambda net, n, t, c, how, key: (t, maps, jnp.full(n.shape, t)))
+    monkeypatch.setattr(fm, "path_error", lambda net, n, t, c, how, key: (jnp.sqrt(jnp.full(n.shape, t)), maps, jnp.full(n.shape, t)))
+    monkeypatch.setattr(fm, "emphasis", lambda error, c, detector: 44 * 44 * error[0, 0])
     monkeypatch.setattr(fm, "count_distribution", lambda maps, x: (x, jnp.ones_like(x)))
     monkeypatch.setattr(fm, "count_loss", lambda *args: seen.append(args) or loss(*args))
     counts, c = np.zeros((64, 44, 44), np.uint16), np.zeros((64, 14), np.float32)
@@ -206,7 +228,8 @@ def test_halves_of_a_batch(monkeypatch):
     [(_, location, _)] = seen
     assert parts["path"] == pytest.approx(0.5 / 4, abs=0.01) and len(location) == 32 and (location == 0.5).all()
     assert parts["nats per fibre"] == pytest.approx(-logistic.logcdf(math.sqrt(2) - 0.5), rel=1e-5)
-    assert total == pytest.approx(float(parts["path"] + 10 * parts["nats per fibre"]))
+    assert parts["sums"] == pytest.approx(0.4 * 0.5**0.5, abs=0.02)            # the mean of u^(3/2)
+    assert total == pytest.approx(float(parts["path"] + parts["sums"] + 10 * parts["nats per fibre"]))
     for how in ("round", "floor"):
         assert fm.batch_loss(None, counts, c, KEY, arguments("--counts", how))[0] == pytest.approx(0.5, abs=0.01)
 
@@ -244,8 +267,39 @@ def test_patches(shape):
     assert patches.shape == (-(-shape[0] // 4) * -(-shape[1] // 4), 16)
     np.testing.assert_array_equal(patches[0].reshape(4, 4), x[:4, :4])
     np.testing.assert_array_equal(fm.from_patches(patches, 4, shape), x[None])
-    both = jnp.stack([patches, -patches], axis=-1).reshape(len(patches), -1)   # (P, 16 * 2), maps innermost
+    both = jnp.concatenate([patches, -patches], axis=1)                        # (P, 2 * 16)
     np.testing.assert_array_equal(fm.from_patches(both, 4, shape), jnp.stack([x, -x]))
+
+
+@pytest.mark.parametrize("detector", data.DETECTORS.values(), ids=data.DETECTORS)
+@pytest.mark.parametrize("charge", (0, 1))
+def test_vicinity(detector, charge):
+    """A bump stands where the simulator puts the light, straight on or bent; whole patches away everything looks the same."""
+    def near(x, y):
+        """Of a particle that hits at x and y, in fibres from the middle of the matrix."""
+        energy, mass, pdg = (3500.0, 938.27, 2212) if charge else (1000.0, 0.0, 22)
+        x_cm = x * detector.pitch + detector.centre - charge * data.BEAM_CM * 7000 / energy
+        px, py = (energy * cm / data.FLIGHT_CM for cm in (x_cm, y * detector.pitch))
+        particle = np.array([[energy, 0, 0, 0, px, py, np.sqrt(energy**2 - px**2 - py**2 - (mass / 1000)**2), mass, charge]], np.float32)
+        c = data.conditions(particle, data.Scaler(np.zeros(14), np.ones(14), "physics"))[0]
+        light = data.simulate(detector, np.repeat(particle, 300, 0), np.full(300, pdg), 0)
+        return *fm.vicinity(jnp.asarray(c), detector, 4), light.mean(0)
+
+    grid = lambda features: np.asarray(features).reshape(-(-detector.shape[0] // 4), -(-detector.shape[1] // 4), -1)
+    offsets, bumps, light = near(5.3, -2.1)
+    wide, narrow = (fm.from_patches(bumps[:, 2 * charge + i], 4, detector.shape)[0] for i in (0, 1))
+    expected = detector.shape[0] // 2 + 5, detector.shape[1] // 2 - 3          # the fibre from 5 to 6 and -3 to -2
+    assert wide[expected] == pytest.approx(1 / (1 + (0.2**2 + 0.4**2) / 4), abs=2e-3) and wide.max() == wide[expected]
+    assert narrow[expected] == pytest.approx(np.exp(-(0.2**2 + 0.4**2) / 2), abs=2e-3) and narrow.max() == narrow[expected]
+    assert wide[expected[0] + 3, expected[1]] == pytest.approx(1 / (1 + (3.2**2 + 0.4**2) / 4), abs=2e-3)
+    assert np.abs(np.subtract(np.unravel_index(light.argmax(), light.shape), expected)).max() <= 1
+    patch = tuple(n // 4 for n in expected)                                    # its middle lies at whole fibres from the matrix's
+    middle = 4 * np.array(patch) + 2 - np.array(detector.shape) / 2 - (5.3, -2.1)
+    np.testing.assert_allclose(2 * np.sinh(2 * grid(offsets)[patch][[charge, 2]]), middle, atol=5e-3)
+    moved = near(5.3 - 8, -2.1 + 4)
+    for there, here in zip(moved[:2], (offsets, bumps)):
+        kept = [0, 1, 2] if there.ndim == 2 else range(32 * charge, 32 * charge + 32)
+        np.testing.assert_allclose(grid(there)[:-2, 1:, kept], grid(here)[2:, :-1, kept], atol=5e-3)
 
 
 @pytest.mark.parametrize("detector", SHAPES)
@@ -257,7 +311,7 @@ def test_every_variant_has_its_shapes(name, counts, detector):
     args, net = arguments(*flags), untrained(*flags)
     batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
     loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, args), net)
-    assert loss.shape == () and len(parts) == 1 + (counts == "sample")
+    assert loss.shape == () and len(parts) == (3 if counts == "sample" else 1)
     for solver in fm.SOLVERS:
         here = fm.with_flags(args, solver=solver, steps=1)
         responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], here), net)
@@ -311,7 +365,7 @@ def test_training_lowers_the_loss(dataset, tmp_path):
     c = data.conditions(dataset.particles, data.fit_conditions(dataset.particles, "physics"))
     loss = eqx.filter_jit(lambda net: fm.batch_loss(net, dataset.responses[:400], c[:400], KEY, args)[1])
     before, after = loss(fm.make_network(args, 14, KEY)), loss(net)
-    assert all(after[name] < before[name] for name in before) and before.keys() == {"path", "nats per fibre"}
+    assert all(after[name] < before[name] for name in before) and before.keys() == {"path", "sums", "nats per fibre"}
 
 
 def test_same_seed_same_run(dataset, trained, tmp_path):
@@ -341,7 +395,7 @@ def test_bf16(dataset, tmp_path):
 
 
 def test_seconds_of_a_step(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(fm, "time", tiny.clock())
+    monkeypatch.setattr(common, "time", tiny.clock())
     args, rows = arguments("--run", tmp_path, "--batch-size", 16, "--epochs", 2), np.arange(489)
     times = fm.train(args, dataset, rows, data.fit_conditions(dataset.particles, args.cond))[1]
     assert times["step_seconds"] == pytest.approx(6.1)                         # 61 s between steps 50 and 60
@@ -350,9 +404,9 @@ def test_seconds_of_a_step(dataset, tmp_path, monkeypatch):
 HOST = f"""
 import sys
 sys.path[:0] = [{str(Path(fm.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
-import common, fm, tiny
+import common, fm, metrics, tiny
 tiny.shrink()
-fm.report = lambda *args: None
+metrics.report = lambda *args: None
 common.run(fm.main)
 """
 
@@ -375,7 +429,7 @@ class Cut(Exception):
 
 
 def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(fm, "time", tiny.clock())
+    monkeypatch.setattr(common, "time", tiny.clock())
     flags = "--batch-size", 16, "--epochs", 7                                  # 7 x 30 steps, a log line every 50
     whole = run(dataset, tmp_path / "whole", *flags)
     log = common.log_line
@@ -403,7 +457,7 @@ def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
 
 
 def test_nan_stops_the_run(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fm, "time", tiny.clock())
+    monkeypatch.setattr(common, "time", tiny.clock())
     loss = fm.batch_loss
 
     def poisoned(net, counts, c, key, args):

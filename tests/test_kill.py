@@ -58,7 +58,7 @@ def small(monkeypatch, tmp_path):
 def test_killed_run_resumes(tmp_path, monkeypatch):
     flags = ["--batch-size", "16", "--epochs", "9"]                            # 270 steps, saved every 50
     log = tmp_path / "cut" / "log.jsonl"
-    child = start(tmp_path, "fm.time = tiny.clock(pause=0.3)", [*flags, "--run", "cut"])
+    child = start(tmp_path, "common.time = tiny.clock(pause=0.3)", [*flags, "--run", "cut"])
     kill_when(child, lambda: log.exists() and log.read_text().count("\n") >= 3)
     assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] in (50, 100, 150)
     with open(log, "a") as file:

@@ -22,7 +22,7 @@ def shrink(put=setattr):
 
 
 def clock(pause=0.0):
-    """Stands in for the module time in fm.py: 61 s pass between two looks at it, so that every log line saves."""
+    """Stands in for the module time in common.py: 61 s pass between two looks at it, so that every log line saves."""
     ticks = itertools.count(0, 61)
 
     def perf_counter():
