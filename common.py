@@ -60,10 +60,14 @@ def _fail(message):
     return 2
 
 
+class Diverged(UserError):
+    """A training whose loss is not finite any more."""
+
+
 def check_finite(loss, step, checkpoint):
-    """UserError if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
+    """Diverged if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
+        raise Diverged(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
 
 
 # ----------------------------------------------------------------------------------------------------------- flags
@@ -256,7 +260,7 @@ def cast(tree, dtype):
     def change(leaf):
         if not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
             return leaf
-        return leaf.astype(dtype) if eqx.is_array(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        return leaf.astype(dtype) if hasattr(leaf, "astype") else jax.ShapeDtypeStruct(leaf.shape, dtype)
     return jax.tree.map(change, tree)
 
 
@@ -272,7 +276,8 @@ def save_checkpoint(path, header, tree, half=False):
     `half`: weights as float16, half the size. Loaded again they are `rounded(tree)`.
     """
     leaves = io.BytesIO()
-    eqx.tree_serialise_leaves(leaves, cast(tree, jnp.float16) if half else tree, filter_spec=_save_leaf)
+    tree = cast(jax.device_get(tree), jnp.float16) if half else tree           # NumPy's: this host may not compute alone
+    eqx.tree_serialise_leaves(leaves, tree, filter_spec=_save_leaf)
     header = plain({"format": FORMAT, "half": half} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
     with write_atomic(path) as temporary:
@@ -403,8 +408,9 @@ def plot_channels(path, real, generated):
     _save_figure(path, figure)
 
 
+@first_host_only
 def plot_training(path, records):
-    """Draw every number in the `records` of a log (see `read_log`) against the step, one panel each."""
+    """Draw every number in the `records` of a log (see `read_log`), at least one, against the step, one panel each."""
     names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "step"]
     figure, axes = _figure(1, len(names), 3, 2.4)
     for axis, name in zip(axes[0], names):
@@ -445,12 +451,20 @@ class Logbook:
     """The book that a training loop keeps: a progress bar, log.jsonl every 50 steps, the state once a minute and at the end.
 
     `header` stands before each saved state and holds its "script", "detector", "flags" and "rows", which --resume wants
-    unchanged. `step` counts the steps done, out of `steps`.
+    unchanged. `step` counts the steps done, out of `steps`. Used in a `with`, so that the bar is closed before an error is told.
     """
 
     def __init__(self, args, header, steps):
         self.args, self.header, self.steps, self.path = args, header, steps, args.run / "state.eqx"
-        self.step, self.before, self.checkpoint, self.logged = 0, 0.0, "none", []
+        self.step, self.before, self.checkpoint, self.logged = 0, 0.0, None, []
+        label = f"training {header['script']} on {header['detector']}"
+        self.bar = progress(steps, label, args.quiet)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
 
     def begin(self, state):
         """The state to start from: `state` itself or, with --resume, the saved one, a tree of the same shapes."""
@@ -458,15 +472,13 @@ class Logbook:
             found, state = resume(self.path, self.header, state)
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
         cut_log(self.args.run, self.step if self.args.resume else -1)
-        label = f"training {self.header['script']} on {self.header['detector']}"
-        self.bar = progress(self.steps, label, self.args.quiet)
         self.bar.update(self.step)
         self.began = self.saved = time.perf_counter()
         return state
 
     def record(self, state, losses):
         """To be called after each step with its state and its losses, a dict of scalars, which the device is asked for only
-        now and then. UserError if one is not finite."""
+        now and then. Diverged if one is not finite."""
         self.step += 1
         self.bar.update()
         if self.step % 50 and self.step < self.steps:
@@ -483,7 +495,6 @@ class Logbook:
 
     def end(self):
         """{"train_seconds": of this run and those before, "step_seconds": median, None without two lines in the log}."""
-        self.bar.close()
         per_step = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(self.logged)]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}

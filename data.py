@@ -875,6 +875,8 @@ def read_model(args, names):
     header = common.read_header(args.load, args.script, args.detector)
     if "scaler" not in header:
         raise UserError(f"{args.load}: the state of a run, expected its model.eqx")
+    if missing := [name for name in names if name not in header["flags"]]:
+        raise UserError(f"{args.load}: made by another version, without --{missing[0]}")
     vars(args).update({name: header["flags"][name] for name in names})
     return Scaler(*(np.array(header["scaler"][name]) for name in ("mean", "std")), args.cond), header
 

@@ -39,7 +39,7 @@ SWEEP = 1, 2, 4, 8, 11, 16, 32   # steps
 
 def flags():
     """The command line."""
-    parser = common.parser(__doc__, "fm", n=60_000, epochs=15, lr=2e-3, steps=11)
+    parser = common.parser(__doc__, "fm", n=60_000, epochs=12, lr=2e-3, steps=11)
     parser.add_argument("--net", choices=NETWORKS, default="dense", help="network (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
                         help="how photons become numbers and back: likelihood from --exit on, rounded log1p, or floored "
@@ -94,7 +94,7 @@ def waves(c):
     Random mixtures of the conditions, the usual Fourier features, place a narrow shower as well, but with them, or with fast
     waves of every condition, the network knows its training particles by heart: W of unseen ones doubles and more.
     """
-    places = c[4:6] if len(c) == data.CONDITIONS["raw"] else c[-3:]
+    places = c[4:6] if len(c) < data.CONDITIONS["physics"] else c[-3:]
     angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(), jnp.outer(2.0 ** jnp.arange(3, 7), places).ravel()])
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
@@ -111,7 +111,7 @@ class Embedding(eqx.Module):
 
     def __call__(self, t, c):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        h = jnp.concatenate([c, waves(c), jnp.sin(angles), jnp.cos(angles)])
+        h = jnp.concatenate([c, waves(c), jnp.sin(angles), jnp.cos(angles)]).astype(self.first.weight.dtype)
         return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
 
 
@@ -140,7 +140,7 @@ def vicinity(c, detector, size):
     """
     patches = [size * jnp.arange(-(-n // size)) + (size - n) / 2 for n in detector.shape]      # middles, in fibres
     x, y = (axis.ravel() for axis in jnp.meshgrid(*patches, indexing="ij"))                    # (P,)
-    if len(c) == data.CONDITIONS["raw"]:
+    if len(c) < data.CONDITIONS["physics"]:
         return jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0, size**2))
     straight, across, bent = jnp.sinh(c[-3:]) * data.PLACE_CM                  # bent is measured from the middle of ZP
     dx, dy = x - (straight - detector.centre) / detector.pitch, y - across / detector.pitch
@@ -148,7 +148,7 @@ def vicinity(c, detector, size):
     fibres = jnp.arange(size) + (1 - size) / 2
     squares = lambda offset: jnp.square(offset[:, None] + fibres)                              # (P, size)
     r2 = [(squares(d)[:, :, None] + squares(dy)[:, None]).reshape(len(x), -1) for d in (dx, bent_dx)]
-    bumps = [bump for r2 in r2 for bump in (1 / (1 + r2 / 4), jnp.exp(-r2 / 2))]
+    bumps = [bump for square in r2 for bump in (1 / (1 + square / 4), jnp.exp(-square / 2))]
     return jnp.arcsinh(jnp.stack([dx, bent_dx, dy], axis=1) / 2) / 2, jnp.stack(bumps, axis=1)
 
 
@@ -188,8 +188,8 @@ class Dense(eqx.Module):
         self.head = linear(next(keys), hidden, maps * size**2, scale=0.1)
 
     def __call__(self, x, t, c):
-        patches = to_patches(0.5 * x, self.size)                               # (P, 16)
-        offsets, bumps = vicinity(c, self.detector, self.size)
+        patches, offsets, bumps = common.cast((to_patches(0.5 * x, self.size), *vicinity(c, self.detector, self.size)),
+                                              self.enter.weight.dtype)         # (P, 16), (P, 3), (P, 4, 16)
         light = jnp.einsum("pkf,pf->k", bumps, patches) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)    # noise as in a fibre
         h = self.enter(jnp.concatenate([jax.vmap(self.squeeze)(patches).ravel(), light]))            # (width,)
         e = self.embedding(t, c)
@@ -197,9 +197,11 @@ class Dense(eqx.Module):
             h = block(h, e)
         h = normalise(h)
         context = self.leave(h).reshape(len(patches), -1)                      # (P, up)
-        inputs = jnp.concatenate([context, patches, offsets, bumps.reshape(len(patches), -1)], axis=1)
+        own, near = jnp.concatenate([context, patches], axis=1), jnp.concatenate([offsets, bumps.reshape(len(patches), -1)], axis=1)
+        own_weight, near_weight = jnp.split(self.local.weight, [own.shape[1]], axis=1)
+        ground = near @ near_weight.T + self.local.bias + self.position        # the same at all times: the sampler computes it once
         scale, shift = jnp.split(self.modulation(h), 2)
-        h = (jax.vmap(self.local)(inputs) + self.position) * (1 + scale) + shift                     # (P, hidden)
+        h = (own @ own_weight.T + ground) * (1 + scale) + shift                # (P, hidden)
         return from_patches(jax.vmap(self.head)(jax.nn.silu(h)), self.size, self.detector.shape)
 
 
@@ -290,7 +292,8 @@ class PaperUNet(eqx.Module):
 
     def __call__(self, x, t, c):
         angles = t * 1e4 ** -jnp.linspace(0, 1, len(self.time[0]) // 2, endpoint=False)
-        t = jax.nn.silu(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]) @ self.time[0]) @ self.time[1]
+        x, t, c = common.cast((x, jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]), c), self.stem.dtype)
+        t = jax.nn.silu(t @ self.time[0]) @ self.time[1]
         c = jax.nn.silu(c @ self.condition[0]) @ self.condition[1]
         x = convolve(x[..., None], self.stem)                                  # (H, W, 4)
         skips = []
@@ -375,7 +378,7 @@ def path_error(net, counts, t, c, how, key):
     x1 = to_state(counts, how, state_key)
     x0 = jax.random.normal(noise_key, x1.shape)
     x = (1 - t) * x0 + t * x1                                                  # Eq. 3
-    maps = net(x, t, c)
+    maps = net(x, t, c).astype(jnp.float32)
     return velocity(maps, x, t) - (x1 - x0), maps, x                           # Eq. 4
 
 
@@ -399,7 +402,7 @@ def batch_loss(net, counts, c, key, args):
     size, counts = len(counts), counts.astype(jnp.float32)
     time_key, *keys = jax.random.split(key, size + 1)
     if args.precision == "bf16":
-        net, c = common.cast((net, c), jnp.bfloat16)
+        net = common.cast(net, jnp.bfloat16)                                   # the conditions hold places: float32
     grid = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size   # stratified: less noise in the gradient
     half = size // 2 if args.counts == "sample" else size
     t = args.exit * jnp.minimum(1.0, grid * size / half) ** 3 if args.counts == "sample" else grid
@@ -522,7 +525,7 @@ def make_step(args, optimiser):
 
 
 def train(args, dataset, rows, scaler):
-    """Train on the given rows of the data set. Returns the averaged network and {"train_seconds", "step_seconds", ...}.
+    """Train on the given rows of the data set. Returns the averaged network and {"train_seconds", "step_seconds"}.
 
     A plain loop over epochs. The order of the rows and all noise follow from --seed and the number of the step, so a run that
     is cut off and continued with --resume ends in the same numbers. The state is saved once a minute.
@@ -531,17 +534,17 @@ def train(args, dataset, rows, scaler):
     per_epoch = len(rows) // args.batch_size
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
-    header = {"script": "fm", "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
-    book = common.Logbook(args, header, args.epochs * per_epoch)
-    state = common.replicate(book.begin(start(args, conditions.shape[1], optimiser, model_key)), mesh)
-    step = make_step(args, optimiser)
-    for epoch in range(book.step // per_epoch, args.epochs):
-        order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
-        for batch_rows in order[book.step % per_epoch:]:
-            batch_rows = np.split(batch_rows, jax.process_count())[jax.process_index()]       # those of this host
-            batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
-            state, losses = step((*batch, train_key, np.int32(book.step)), state)
-            book.record(state, losses)
+    header = {"script": args.script, "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
+    with common.Logbook(args, header, args.epochs * per_epoch) as book:
+        state = common.replicate(book.begin(start(args, conditions.shape[1], optimiser, model_key)), mesh)
+        step = make_step(args, optimiser)
+        for epoch in range(book.step // per_epoch, args.epochs):
+            order = data.batches(rows, args.batch_size, np.random.default_rng([args.seed, epoch]))
+            for batch_rows in order[book.step % per_epoch:]:
+                batch_rows = np.split(batch_rows, jax.process_count())[jax.process_index()]   # those of this host
+                batch = common.shard_batch((dataset.responses[batch_rows], conditions[batch_rows]), mesh)
+                state, losses = step((*batch, train_key, np.int32(book.step)), state)
+                book.record(state, losses)
     return state.ema, book.end()
 
 
@@ -558,7 +561,7 @@ def with_flags(args, **changed):
     return argparse.Namespace(**vars(args) | changed)
 
 
-def steps(step, batch, state):
+def repeat(step, batch, state):
     """Train on one batch for ever, a step for each next()."""
     while True:
         state, losses = step(batch, state)
@@ -577,7 +580,7 @@ def compare(args):
         net = make_network(here, conditions, key)
         costs.append({"net": name, **common.network_cost(net, detector.shape, (), (conditions,)), "evaluations": evaluations(here)})
         state = start(here, conditions, optimiser, key)
-        functions[name, "step"] = partial(next, steps(make_step(here, optimiser), (counts, c, key, np.int32(0)), state))
+        functions[name, "step"] = partial(next, repeat(make_step(here, optimiser), (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(sampler(here, net), c, key)
     seconds = common.race(functions)
     for row in costs:

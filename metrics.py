@@ -8,8 +8,11 @@ one by one: a value is the mean of their scores, a spread their standard deviati
 2507.18811, not its code's one histogram of five pooled runs). Every score stands beside its oracle, the same score of
 the simulator run again, and R = value / oracle; without an oracle beside the paired half-against-half floor.
 """
+import itertools
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -439,30 +442,37 @@ def marginals(sample):
             "sum_mean": total.mean(), "sum_median": np.median(total)}
 
 
-def floor_pairs(sample, ids, seed):
-    """Yield FLOORS times the real Sample against itself, as the papers do: rows paired by equal particle, one of each
-    pair on each side, and the row numbers of the first side. Nothing where no particle stands in two rows."""
-    for k in range(FLOORS):
-        a, b = pair_rows(ids, seed + k)
-        if len(a):
-            yield take(sample, a), take(sample, b), a
+def floor_pair(sample, ids, seed):
+    """The real Sample against itself, as the papers do: rows paired by equal particle, one of each pair on each side, and the
+    row numbers of the first side, none where no particle stands in two rows."""
+    a, b = pair_rows(ids, seed)
+    return take(sample, a), take(sample, b), a
 
 
-def compare(pairs, count, particles, pdg, ids, codes, classifier, seed):
-    """Everything about `count` pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section,
-    name): sections "scores", "terms", "marginals" and each code. The trainings of the classifier are dealt out over the
-    pairs, each has its own rows and start."""
+def compare(pairs, particles, pdg, ids, codes, classifier, seed):
+    """Everything about pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section, name):
+    sections "scores", "terms", "marginals" and each code. `pairs` are functions that make them, called side by side. The
+    trainings of the classifier are dealt out over the pairs, each has its own rows and start."""
     found = defaultdict(list)
-    for k, (real, generated, rows) in enumerate(pairs):
+
+    def score(k, pair):
+        real, generated, rows = pair()
+        if not len(rows):
+            return {}, []
         scores, terms = pair_scores(real, generated, np.unique(ids[rows], return_inverse=True)[1], pdg[rows], seed + k)
-        sections = {"scores": scores, "terms": terms, "marginals": marginals(generated),
-                    **type_scores(real, generated, pdg[rows], codes)}
-        for section, values in sections.items():
-            for name, value in values.items():
-                found[section, name].append(value)
-        for training in range(k, CLASSIFIER["trainings"] if classifier else 0, count):
-            for name, value in zip(AUCS, auc_scores(real, generated, particles[rows], seed + training)):
-                found["scores", name].append(value)
+        trainings = range(k, CLASSIFIER["trainings"] if classifier else 0, len(pairs))
+        sections = {"scores": scores, "terms": terms, "marginals": marginals(generated)}
+        return (sections | type_scores(real, generated, pdg[rows], codes),
+                [auc_scores(real, generated, particles[rows], seed + training) for training in trainings])
+
+    with ThreadPoolExecutor(2) as pool:  # NumPy and JAX let go of the interpreter in all that takes long
+        for sections, aucs in pool.map(score, itertools.count(), pairs):
+            for section, values in sections.items():
+                for name, value in values.items():
+                    found[section, name].append(value)
+            for values in aucs:
+                for name, value in zip(AUCS, values):
+                    found["scores", name].append(value)
     return found
 
 
@@ -501,12 +511,9 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     codes = [code for code, rows in Counter(pdg.tolist()).most_common() if rows > 0.01 * len(pdg)]
     sample, every_row = summarise(real, convention), np.arange(len(real))
     shared = dict(particles=particles, pdg=pdg, ids=ids, codes=codes, classifier=classifier, seed=seed)
-    count = len(generations)
-    found = compare(((sample, summarise(g, convention), every_row) for g in generations), count, **shared)
-    if oracle:
-        reference = compare(((sample, summarise(o, convention), every_row) for o in oracle), len(oracle), **shared)
-    else:
-        reference = compare(floor_pairs(sample, ids, seed), FLOORS, **shared)
+    pairs = lambda responses: [lambda r=r: (sample, summarise(r, convention), every_row) for r in responses]
+    floors = [partial(floor_pair, sample, ids, seed + k) for k in range(FLOORS)]
+    found, reference = compare(pairs(generations), **shared), compare(pairs(oracle) if oracle else floors, **shared)
 
     def scored(section, name, smallest=0.0):
         return cell(found[section, name], reference[section, name], label, smallest)
@@ -525,7 +532,7 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     result["types"] = {data.PDG_NAMES.get(code, str(code)): {
         "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
         "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
-    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": count, "convention": convention,
+    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations), "convention": convention,
                      "fpd_samples": list(fpd_sizes(len(real))), "kpd_samples": min(5000, len(real)),
                      "classifier": CLASSIFIER if classifier else None}
 
@@ -610,8 +617,8 @@ def report(args, draw, scaler, tests, result):
     print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; "
           f"ms per response: {times}")
     result |= score_model(args, generator(args, draw, scaler), tests, f"{result['evaluations']} evaluations each")
-    if not args.load:
-        common.plot_training(args.run / "training.png", common.read_log(args.run))
+    if records := not args.load and common.read_log(args.run):
+        common.plot_training(args.run / "training.png", records)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result

@@ -175,7 +175,7 @@ CASES = {   # flags: what the line must name
     "--split half": "--split",
     "--nonsense": "--nonsense",
     "extra": "extra",
-    "--generate list.h5": "--out",
+    "--load good.eqx --generate list.h5": "--out",
     "--generate list.h5 --out out.h5": "--load",
     "--load missing.eqx": "missing.eqx",
     "--load folder": "folder",

@@ -312,6 +312,9 @@ def test_every_variant_has_its_shapes(name, counts, detector):
     batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
     loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, args), net)
     assert loss.shape == () and len(parts) == (3 if counts == "sample" else 1)
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) if hasattr(leaf, "dtype") else leaf, net)
+    maps = eqx.filter_eval_shape(lambda net: net(jnp.zeros(shape), 0.5, jnp.zeros(14)), half)
+    assert maps.dtype == jnp.bfloat16                                          # nothing on the way makes float32 of it
     for solver in fm.SOLVERS:
         here = fm.with_flags(args, solver=solver, steps=1)
         responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], here), net)
