@@ -456,7 +456,7 @@ class Logbook:
 
     def __init__(self, args, header, steps):
         self.args, self.header, self.steps, self.path = args, header, steps, args.run / "state.eqx"
-        self.step, self.before, self.checkpoint, self.logged = 0, 0.0, None, []
+        self.step, self.before, self.checkpoint = 0, 0.0, None
         label = f"training {header['script']} on {header['detector']}"
         self.bar = progress(steps, label, args.quiet)
 
@@ -488,14 +488,14 @@ class Logbook:
         here = {"step": self.step, "seconds": self.before + now - self.began}
         check_finite(sum(losses.values()), self.step, self.checkpoint)
         log_line(self.args.run, here | losses)
-        self.logged.append((self.step, now))
         if now - self.saved > 60 or self.step == self.steps:
             save_checkpoint(self.path, self.header | here, state)
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
         """{"train_seconds": of this run and those before, "step_seconds": median, None without two lines in the log}."""
-        per_step = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(self.logged)]
+        lines = read_log(self.args.run)
+        per_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines)]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
