@@ -580,10 +580,10 @@ def test_conditions_are_standardised_on_the_training_rows(dataset, mode, width):
     scaler = data.fit_conditions(particles, mode)
     c = data.conditions(particles, scaler)
     assert c.shape == (len(particles), width) and c.dtype == np.float32 and np.isfinite(c).all() and np.abs(c).max() <= 10
-    unclipped = np.abs(c).max(0) < 10
-    np.testing.assert_allclose(c.mean(0)[unclipped], 0, atol=2e-3)
-    np.testing.assert_allclose(c.std(0)[unclipped], 1, atol=2e-2)
-    assert unclipped.sum() >= 4
+    scaled = (np.abs(c).max(0) < 10) & (np.arange(width) < 11)                 # the rest is clipped, or a place
+    np.testing.assert_allclose(c.mean(0)[scaled], 0, atol=2e-3)
+    np.testing.assert_allclose(c.std(0)[scaled], 1, atol=2e-2)
+    assert scaled.sum() >= 4 and (scaler.mean[11:] == 0).all() and (scaler.std[11:] == 1).all()
     half = data.fit_conditions(particles[::2], mode)                           # on other rows than it is used for
     assert np.array_equal(data.conditions(particles[:5], half), data.conditions(particles, half)[:5])
 
