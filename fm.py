@@ -11,8 +11,8 @@ counting noise is about 1 in every fibre; once the noise of the path, (1 - t) / 
 everything that the fibres have in common, and the same network gives each fibre its own distribution of counts, trained by
 exact likelihood. Drawing from it is one uniform number per fibre. `--counts round` and `floor` are the usual ways, to compare.
 
-    python fm.py --detector zn --steps 11                               about ten minutes on two CPU cores, data included
-    python fm.py --detector zn --n 306780 --epochs 16 --steps 11        the row in README, half an hour
+    python fm.py --detector zn --steps 11                               eight minutes on two CPU cores, data included
+    python fm.py --detector zn --n 306780 --epochs 14 --steps 11        the row in README, half an hour
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/fm-zn/.
