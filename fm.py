@@ -157,6 +157,11 @@ def vicinity(c, detector, size):
     return jnp.arcsinh(jnp.stack([dx, bent_dx, dy], axis=1) / 2) / 2, jnp.stack(bumps, axis=1)
 
 
+def light(bumps, patches):
+    """Sum of patches (P, 16) under each of the bumps (P, K, 16), of unit length so that its noise is that of a fibre: (K,)."""
+    return jnp.sum(bumps * patches[:, None], (0, 2)) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)
+
+
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 
@@ -195,8 +200,7 @@ class Dense(eqx.Module):
     def __call__(self, x, t, c):
         patches, offsets, bumps = common.cast((to_patches(0.5 * x, self.size), *vicinity(c, self.detector, self.size)),
                                               self.enter.weight.dtype)         # (P, 16), (P, 3), (P, 4, 16)
-        light = jnp.sum(bumps * patches[:, None], (0, 2)) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)       # noise as in a fibre
-        h = self.enter(jnp.concatenate([apply(self.squeeze, patches).ravel(), light]))            # (width,)
+        h = self.enter(jnp.concatenate([apply(self.squeeze, patches).ravel(), light(bumps, patches)]))       # (width,)
         e = self.embedding(t, c)
         for block in self.blocks:
             h = block(h, e)
@@ -395,9 +399,9 @@ def emphasis(error, c, detector):
     what is right. The sums have weights of unit length: the bumps at the impact, blocks of 4 and of 16 fibres, and all.
     """
     bumps = vicinity(c, detector, 4)[1]
-    light = jnp.sum(bumps * to_patches(error, 4)[:, None], (0, 2)) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)
     blocks = sum(weight * jnp.sum(jnp.square(to_patches(error, size).sum(1) / size)) for size, weight in ((4, 0.6), (16, 2.4)))
-    return 4 * jnp.sum(light**2) + blocks + 6 * jnp.sum(error)**2 / error.size                      # weights: [validation rows]
+    own = jnp.sum(light(bumps, to_patches(error, 4))**2)
+    return 4 * own + blocks + 6 * jnp.sum(error)**2 / error.size               # weights: [validation rows]
 
 
 def batch_loss(net, counts, c, key, args):

@@ -587,6 +587,20 @@ def table(args, dataset, split):
     truth = {name: metrics.channels(part.responses) for name, part in parts.items()}
     again = None if args.data else data.simulate(detector, *parts["test"][1:], 1000)
     oracle = {name: None if args.data else score(truth["test"], metrics.channels(again)) for name, score in scores.items()}
+
+    def scored(here, net, times):
+        net = data.save_model(here, training_flags(here), scaler, times, net)
+        draw = sampler(here, net)
+        made = {name: metrics.generator(here, draw, scaler)(part.particles, 0) for name, part in parts.items()}
+        sums = {name: metrics.channels(responses) for name, responses in made.items()}
+        zeros = lambda size: np.zeros((size, len(scaler.mean)), np.float32)
+        timed = common.time_sampler(lambda size: draw(zeros(size), jax.random.key(0)), sizes=(256,))["ms_per_response"]
+        found = {name: score(truth["test"], sums["test"]) for name, score in scores.items()}
+        return {"validation_W": metrics.wasserstein(truth["validation"], sums["validation"]), "W": found["W"],
+                "R": oracle["W"] and found["W"] / oracle["W"], "MAE": found["MAE"],
+                "RMSE": metrics.rmse(parts["test"].responses, made["test"]), "ms_per_response": timed["256"],
+                "parameters": common.count_parameters(net), "seconds": times["train_seconds"]}
+
     for arch, variant in itertools.product(ARCHITECTURES, VARIANTS):
         run = args.run / f"{arch}-{variant}"
         here = with_flags(args, arch=arch, variant=variant, run=run, resume=args.resume and (run / "state.eqx").exists())
@@ -597,19 +611,10 @@ def table(args, dataset, split):
         except common.Diverged as error:
             print(f"{arch} {variant} diverged: {error}")
             names = "validation_W", "W", "R", "MAE", "RMSE", "ms_per_response", "parameters", "seconds"
-            rows.append(row | dict.fromkeys(names))
-            continue
-        net = data.save_model(here, training_flags(here), scaler, times, net)
-        draw = sampler(here, net)
-        made = {name: metrics.generator(here, draw, scaler)(part.particles, 0) for name, part in parts.items()}
-        sums = {name: metrics.channels(responses) for name, responses in made.items()}
-        zeros = lambda size: np.zeros((size, len(scaler.mean)), np.float32)
-        timed = common.time_sampler(lambda size: draw(zeros(size), jax.random.key(0)), sizes=(256,))["ms_per_response"]
-        found = {name: score(truth["test"], sums["test"]) for name, score in scores.items()}
-        rows.append(row | {"validation_W": metrics.wasserstein(truth["validation"], sums["validation"]), "W": found["W"],
-                           "R": oracle["W"] and found["W"] / oracle["W"], "MAE": found["MAE"],
-                           "RMSE": metrics.rmse(parts["test"].responses, made["test"]), "ms_per_response": timed["256"],
-                           "parameters": common.count_parameters(net), "seconds": times["train_seconds"]})
+            row |= dict.fromkeys(names)
+        else:
+            row |= scored(here, net, times)
+        rows.append(row)
         result = {"script": "vae", "detector": args.detector, "command": args.command, "device": common.device_name(),
                   "versions": common.versions(), "rows": {"train": len(split[0]), "test": len(split[2])}, "oracle": oracle,
                   "table": rows}
