@@ -96,6 +96,9 @@ FLAGS = {
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
     "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS", help="responses per training step"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate per step"),
+    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle", help="learning rate over the run"),
+    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="largest gradient norm"),
+    "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY", help="of the averaged weights, per step"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="fixes every random number of the run"),
     "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
     "load": dict(type=Path, metavar="FILE", help="checkpoint to score or to generate with, instead of training"),
@@ -155,6 +158,17 @@ def parser(doc, script=None, flags=tuple(FLAGS), **defaults):
             options["help"] += f" (default: {default})"
         result.add_argument("--" + name.replace("_", "-"), **options)
     return result
+
+
+def with_flags(args, **changed):
+    """A copy of the parsed flags with some of them changed."""
+    return argparse.Namespace(**vars(args) | changed)
+
+
+def training_flags(args, *own):
+    """{flag: value} of those that decide what is trained, for the header of a checkpoint: the shared ones and a script's `own`."""
+    names = (*own, "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision")
+    return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -500,7 +514,10 @@ class Logbook:
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
 
-def time_sampler(sample, sizes=(1, 32, 256, 8192), repeats=5):
+BATCHES = 1, 32, 256, 1024, 8192, 16384   # to time where a response costs little (paper 001, Table 2)
+
+
+def time_sampler(sample, sizes, repeats=5):
     """Time `sample(batch_size) -> array`: {"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}}.
 
     The first call of each size compiles; then the median of `repeats` calls counts, each waited for to its end.

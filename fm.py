@@ -17,7 +17,6 @@ exact likelihood. Drawing from it is one uniform number per fibre. `--counts rou
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/fm-zn/.
 """
-import argparse
 import math
 from functools import partial
 
@@ -30,7 +29,6 @@ import optax
 import common
 import data
 import metrics
-from common import UserError
 
 SWEEP = 1, 2, 4, 8, 11, 16, 32   # steps
 
@@ -48,12 +46,6 @@ def flags():
                         help="time at which the counts are drawn, with --counts sample (default: 0.6)")
     parser.add_argument("--solver", choices=SOLVERS, default="ab2",
                         help="of the path: ab2 is Adams-Bashforth, second order at Euler's cost (default: ab2)")
-    parser.add_argument("--schedule", choices=("onecycle", "cosine"), default="onecycle",
-                        help="learning rate over the run (default: onecycle)")
-    parser.add_argument("--ema", type=common.number(float, 0, 0.99999), default=0.999, metavar="DECAY",
-                        help="of the averaged weights, per step (default: 0.999)")
-    parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
-                        help="largest gradient norm (default: 1)")
     parser.add_argument("--sweep", action="store_true",
                         help="score 1 to 32 steps on the validation rows, with a figure; with --load nothing else")
     parser.add_argument("--compare", action="store_true", help="only print the cost of the networks, side by side")
@@ -559,16 +551,10 @@ def train(args, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    names = ("net", "counts", "exit", "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "ema", "clip",
-             "precision")
-    return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
+    return common.training_flags(args, "net", "counts", "exit")
 
 
 # ------------------------------------------------------------------------------------------------ scoring and generating
-
-def with_flags(args, **changed):
-    return argparse.Namespace(**vars(args) | changed)
-
 
 def repeat(step, batch, state):
     """Train on one batch for ever, a step for each next()."""
@@ -584,7 +570,7 @@ def compare(args):
     c, key = np.zeros((args.batch_size, conditions), np.float32), jax.random.key(0)
     costs, functions = [], {}
     for name in NETWORKS:
-        here = with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
+        here = common.with_flags(args, net=name, counts="round" if name == "paper" else args.counts)
         optimiser = make_optimiser(here, 1000)
         net = make_network(here, conditions, key)
         costs.append({"net": name, **common.network_cost(net, detector.shape, (), (conditions,)), "evaluations": evaluations(here)})
@@ -621,13 +607,11 @@ def main(argv=None):
     seed = trained["seed"] if args.load else args.seed                         # a loaded model meets its own test rows
     dataset, split = data.open_split(args, seed)
     if not args.load:
-        if not 2 <= args.batch_size <= len(split[0]):
-            raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
         scaler, trained = data.fit_conditions(dataset.particles[split[0]], args.cond), training_flags(args)
         net, times = train(args, dataset, split[0], scaler)
         net = data.save_model(args, trained, scaler, times, net)
     if args.sweep:
-        cases = [with_flags(args, steps=steps) for steps in SWEEP]
+        cases = [common.with_flags(args, steps=steps) for steps in SWEEP]
         found = metrics.sweep(args, [({"steps": case.steps, "evaluations": evaluations(case)},
                                       metrics.generator(args, sampler(case, net), scaler)) for case in cases], dataset, split[1])
         if args.load:

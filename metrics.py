@@ -603,15 +603,16 @@ def generator(args, draw, scaler):
     return generate
 
 
-def report(args, draw, scaler, tests, result):
+def report(args, draw, scaler, tests, result, sizes=(1, 32, 256, 8192)):
     """Time `draw` and score it on the data sets `tests` (data.test_sets): prints the table, draws samples.png, channels.png and
     the training, writes metrics.json into the run folder and returns what that holds.
 
     `result`: the script's own entries, among them "flags", "rows", "parameters", "mflop" and "evaluations" per response.
+    `sizes`: of the batches to time.
     """
     key, zeros = jax.random.key(0), lambda size: np.zeros((size, len(scaler.mean)), np.float32)
     result = {"script": args.script, "detector": args.detector, "command": args.command, "versions": common.versions(),
-              "device": common.device_name()} | result | common.time_sampler(lambda size: draw(zeros(size), key))
+              "device": common.device_name()} | result | common.time_sampler(lambda size: draw(zeros(size), key), sizes)
     result["rows"] |= {name: len(test.pdg) for name, test in tests.items()}
     times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())
     print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; "

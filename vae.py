@@ -9,8 +9,9 @@ particle c, whose response is then D(z); R is the reconstruction, -log p(x | z) 
     noise-sinkhorn  L = R + beta S((G(c, noise), c), (E(x), c))         (Eq. 2);           the same, S a Sinkhorn divergence
 The last three take means over fibres and over the numbers of the latent, so that beta does not hang on their sizes.
 
-Photons are counts. `--likelihood poisson` (default) decodes the rate of each fibre: -log p is exact, counts are drawn from it,
-and there is no weight to tune. `--likelihood mse` is the papers' way: log responses, squared error, rounding.
+Photons are counts, so -log p is exact, with no weight to tune, and counts are drawn from it. `--likelihood logistic` (default)
+decodes a logistic distribution of 2 sqrt(n) for each fibre, cut into counts; `poisson` a rate, but photons come in bursts and
+spread more than that. `--likelihood mse` is the papers' way: log responses, squared error, rounding.
 
     python vae.py --detector zn                                    trains on 60 000 rows of the open data and scores
     python vae.py --detector zn --table                            the twelve combinations of paper 000, Tables 2 to 4
@@ -18,7 +19,6 @@ and there is no weight to tune. `--likelihood mse` is the papers' way: log respo
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/vae-zn/.
 """
-import argparse
 import itertools
 import math
 
@@ -47,18 +47,13 @@ def flags():
     parser.add_argument("--arch", choices=ARCHITECTURES, default="mixer",
                         help="of encoder and decoder: convolutions, vision transformer or MLP-mixer (default: mixer)")
     parser.add_argument("--variant", choices=VARIANTS, default="vae", help="the way to a latent (default: vae)")
-    parser.add_argument("--likelihood", choices=("poisson", "mse"), default="poisson",
-                        help="of the photons: counts from a rate, or rounded log responses (default: poisson)")
+    parser.add_argument("--likelihood", choices=LIKELIHOODS, default="logistic",
+                        help="of the photons: a logistic distribution cut into counts, counts from a rate, or rounded log "
+                             "responses (default: logistic)")
     parser.add_argument("--latent", type=common.number(int, 1, 1024), default=24, metavar="N",
                         help="numbers in the latent; the supervised autoencoder has one for each condition (default: 24)")
     parser.add_argument("--beta", type=common.number(float, 0), default=1.0, metavar="WEIGHT",
                         help="of the second term of the loss (default: 1)")
-    parser.add_argument("--schedule", choices=("onecycle", "cosine"), default="onecycle",
-                        help="learning rate over the run (default: onecycle)")
-    parser.add_argument("--ema", type=common.number(float, 0, 0.99999), default=0.999, metavar="DECAY",
-                        help="of the averaged weights, per step (default: 0.999)")
-    parser.add_argument("--clip", type=common.number(float, 0), default=1.0, metavar="NORM",
-                        help="largest gradient norm (default: 1)")
     parser.add_argument("--table", action="store_true", help="only train and score the twelve combinations, side by side")
     return parser
 
@@ -230,7 +225,7 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """The encoder's layers in reverse: code (K,) and the vicinity of each patch (P, N) -> one number per fibre (H, W)."""
+    """The encoder's layers in reverse: code (K,) and the vicinity of each patch (P, N) -> maps (M, H, W)."""
     enter: eqx.nn.Linear
     position: jax.Array
     layers: list
@@ -241,7 +236,7 @@ class Decoder(eqx.Module):
     coarse: tuple = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
-    def __init__(self, arch, shape, code, near, key, hidden=64):
+    def __init__(self, arch, shape, code, near, maps, key, hidden=64):
         keys = jax.random.split(key, 7)
         self.shape, self.size = shape, PATCH[arch]
         grid, width = tuple(-(-n // self.size) for n in shape), WIDTH[arch]
@@ -252,7 +247,7 @@ class Decoder(eqx.Module):
         self.enter = linear(keys[2], code, math.prod(self.coarse))
         self.position = 0.1 * jax.random.normal(keys[3], self.coarse)
         self.local, self.modulation = linear(keys[4], width + near, hidden), linear(keys[5], code, 2 * hidden)
-        self.head = linear(keys[6], hidden, self.size**2, scale=0.1)
+        self.head = linear(keys[6], hidden, maps * self.size**2, scale=0.1)
 
     def __call__(self, code, near):
         code, near = common.cast((code, near), self.position.dtype)
@@ -262,7 +257,7 @@ class Decoder(eqx.Module):
         h = jnp.concatenate([normalise(h).reshape(len(near), -1), near], axis=1)                      # (P, C + N)
         scale, shift = jnp.split(self.modulation(code), 2)
         h = jax.nn.silu(apply(self.local, h) * (1 + scale) + shift)                                # (P, hidden)
-        return from_patches(apply(self.head, h), self.size, self.shape)[0]
+        return from_patches(apply(self.head, h), self.size, self.shape)
 
 
 # same as fm.py: waves
@@ -335,7 +330,7 @@ class Autoencoder(eqx.Module):
         code, shape = latent + width if vae else latent if noisy else width, self.detector.shape
         self.latent = latent
         self.encoder = Encoder(args.arch, shape, width if vae else 0, 2 * latent if vae else latent, keys[2])
-        self.decoder = Decoder(args.arch, shape, code, near, keys[3])
+        self.decoder = Decoder(args.arch, shape, code, near, MAPS[args.likelihood], keys[3])
 
     def near(self, c, size):
         offsets, bumps = vicinity(c, self.detector, size)
@@ -353,7 +348,7 @@ class Autoencoder(eqx.Module):
         return self.generator(jnp.concatenate([c, waves(c), noise]))
 
     def decode(self, z, c):
-        """One number for each fibre (H, W): log of the rate, or log response."""
+        """Maps (M, H, W) for the likelihood: location and log of the scale, or log of the rate, or log response."""
         if self.variant == "vae":
             code = jnp.concatenate([z, self.embed(c)])
         elif self.variant == "supervised":
@@ -369,18 +364,39 @@ make_network = Autoencoder
 
 # ------------------------------------------------------------------------------------------------------------ objective
 
-def squared_error(x, decoded, counts):
-    """The first term of Eq. 1 and 2, per fibre, in log responses."""
-    return jnp.mean(jnp.square(decoded - x))
+def squared_error(x, maps, counts):
+    """The first term of Eq. 1 and 2, per fibre, in log responses: x (B, H, W), maps (B, 1, H, W)."""
+    return jnp.mean(jnp.square(maps[:, 0] - x))
 
 
-def poisson_loss(x, decoded, counts):
-    """-log P(n) per fibre, P(n) = exp(-r) r^n / n! with log r decoded; nats."""
-    log_rate = jnp.clip(decoded, -15, 9)
+def poisson_loss(x, maps, counts):
+    """-log P(n) per fibre, P(n) = exp(-r) r^n / n! with maps (B, 1, H, W) of log r; nats."""
+    log_rate = jnp.clip(maps[:, 0], -15, 9)
     return jnp.mean(jnp.exp(log_rate) - counts * log_rate + jax.lax.lgamma(counts + 1))
 
 
-LIKELIHOODS = {"mse": squared_error, "poisson": poisson_loss}
+# same as fm.py: count_loss
+def count_loss(counts, location, scale):
+    """-log P(n) per fibre, P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)) with F the logistic distribution; P(0) = F(sqrt 2)."""
+    upper = (2 * jnp.sqrt(counts + 0.5) - location) / scale
+    lower = (2 * jnp.sqrt(jnp.maximum(counts - 0.5, 0)) - location) / scale
+    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel
+    lit = jax.nn.softplus(lower) - jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
+    return jax.nn.softplus(-upper) + jnp.where(counts > 0, lit, 0.0)
+
+
+def logistic_loss(x, maps, counts):
+    """-log P(n) per fibre for counts drawn by location and log of the scale of a logistic distribution, maps (B, 2, H, W); nats."""
+    return jnp.mean(count_loss(counts, *logistic(maps)))
+
+
+def logistic(maps):
+    """Location and scale (B, H, W) on the axis 2 sqrt(n) from maps (B, 2, H, W)."""
+    return maps[:, 0], jnp.exp(jnp.clip(maps[:, 1], -4, 3))
+
+
+LIKELIHOODS = {"logistic": logistic_loss, "poisson": poisson_loss, "mse": squared_error}
+MAPS = {"logistic": 2, "poisson": 1, "mse": 1}   # of the decoder
 
 
 def sinkhorn(a, b, rounds=50, blur=0.05):
@@ -459,32 +475,53 @@ def draw_poisson(rate, key):
     return jnp.where(rate < FEW, counts, jnp.round(jnp.maximum(rate + jnp.sqrt(rate) * z + (z**2 - 1) / 6, 0)))
 
 
-def sample(net, c, key, args):
-    """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    latent_key, count_key = jax.random.split(key)
+# same as fm.py: draw_counts
+def draw_counts(location, scale, key):
+    """Photon counts from the distribution of count_loss, by inversion."""
+    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
+    x = jnp.maximum(location + scale * jnp.log(u / (1 - u)), 0)
+    return jnp.floor(jnp.square(x / 2) + 0.5)
+
+
+def decode_new(net, c, key, args):
+    """Decoded maps (B, M, H, W) of one new latent for each condition c (B, C)."""
     if args.variant == "vae":
-        z = jax.random.normal(latent_key, (len(c), args.latent))
+        z = jax.random.normal(key, (len(c), args.latent))
     elif args.variant == "supervised":
         z = c
     else:
-        z = jax.vmap(net.generate)(c, jax.random.normal(latent_key, (len(c), NOISE)))
-    return to_counts(jax.vmap(net.decode)(z, c), count_key, args)
+        z = jax.vmap(net.generate)(c, jax.random.normal(key, (len(c), NOISE)))
+    return jax.vmap(net.decode)(z, c)
 
 
-def to_counts(decoded, key, args):
-    """Decoded numbers (B, H, W) -> photon counts uint16."""
-    if args.likelihood == "poisson":
-        counts = draw_poisson(jnp.exp(jnp.clip(decoded, -15, 9)), key)
+def to_counts(maps, key, args):
+    """Decoded maps (B, M, H, W) -> photon counts uint16 (B, H, W)."""
+    if args.likelihood == "logistic":
+        counts = draw_counts(*logistic(maps), key)
+    elif args.likelihood == "poisson":
+        counts = draw_poisson(jnp.exp(jnp.clip(maps[:, 0], -15, 9)), key)
     else:
-        counts = jnp.maximum(jnp.round(jnp.expm1(decoded)), 0)
+        counts = jnp.maximum(jnp.round(jnp.expm1(maps[:, 0])), 0)
     return jnp.minimum(counts, 65535).astype(jnp.uint16)
 
 
-# same as fm.py: sampler
+def in_halves(decode, args):
+    """draw(*inputs, key) -> photon counts uint16 (B, H, W): `decode`, and counts of what it returns, compiled one by one.
+    Together, XLA draws each count while it looks up the patch of its fibre, one at a time, which takes twice as long on a CPU."""
+    decode, count = eqx.filter_jit(decode), jax.jit(lambda maps, key: to_counts(maps, key, args))
+
+    def draw(*inputs):
+        *inputs, key = inputs
+        latent_key, count_key = jax.random.split(key)
+        return count(decode(*inputs, latent_key), count_key)
+
+    return draw
+
+
 def sampler(args, net):
-    """draw(c (B, C), key) -> uint16 (B, H, W): `sample`, compiled once for each batch size."""
-    compiled = eqx.filter_jit(lambda net, c, key: sample(net, c, key, args))
-    return lambda c, key: compiled(net, c, key)
+    """draw(c (B, C), key) -> one response for each condition, uint16 (B, H, W), compiled once for each batch size."""
+    draw = in_halves(lambda net, c, key: decode_new(net, c, key, args), args)
+    return lambda c, key: draw(net, c, key)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -558,17 +595,10 @@ def train(args, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    names = ("arch", "variant", "likelihood", "latent", "beta", "cond", "split", "n", "seed", "epochs", "batch_size", "lr",
-             "schedule", "ema", "clip", "precision")
-    return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
+    return common.training_flags(args, "arch", "variant", "likelihood", "latent", "beta")
 
 
 # ------------------------------------------------------------------------------------------------ scoring and generating
-
-# same as fm.py: with_flags
-def with_flags(args, **changed):
-    return argparse.Namespace(**vars(args) | changed)
-
 
 # W, MAE and RMSE on GEANT's ZN data: paper 000, Tables 2 to 4; the crosses there did not converge
 PUBLISHED = {("cnn", "vae"): (11.52, 17.76, 50.38), ("cnn", "supervised"): (23.71, 31.90, 72.32),
@@ -603,7 +633,7 @@ def table(args, dataset, split):
 
     for arch, variant in itertools.product(ARCHITECTURES, VARIANTS):
         run = args.run / f"{arch}-{variant}"
-        here = with_flags(args, arch=arch, variant=variant, run=run, resume=args.resume and (run / "state.eqx").exists())
+        here = common.with_flags(args, arch=arch, variant=variant, run=run, resume=args.resume and (run / "state.eqx").exists())
         published = PUBLISHED.get((arch, variant)) if args.detector == "zn" else None
         row = {"arch": arch, "variant": variant} | dict(zip(("paper_W", "paper_MAE", "paper_RMSE"), published or 3 * (None,)))
         try:
@@ -640,8 +670,6 @@ def main(argv=None):
     seed = trained["seed"] if args.load else args.seed                         # a loaded model meets its own test rows
     dataset, split = data.open_split(args, seed)
     if not args.load:
-        if not 2 <= args.batch_size <= len(split[0]):
-            raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
         if args.table:
             return table(args, dataset, split)
         scaler, trained = data.fit_conditions(dataset.particles[split[0]], args.cond), training_flags(args)
@@ -649,7 +677,8 @@ def main(argv=None):
         net = data.save_model(args, trained, scaler, times, net)
     cost = common.network_cost(net.decode, (net.latent,), (len(scaler.mean),))
     result = {"flags": trained, "rows": {"train": len(split[0])}, **cost, "evaluations": 1, **times}
-    return metrics.report(args, sampler(args, net), scaler, data.test_sets(args, dataset, split[2], seed), result)
+    return metrics.report(args, sampler(args, net), scaler, data.test_sets(args, dataset, split[2], seed), result,
+                          common.BATCHES)
 
 
 if __name__ == "__main__":

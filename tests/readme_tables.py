@@ -33,11 +33,11 @@ SCORE_HEAD = ("W", "oracle", "R", "MAE (oracle)", "AUC low", "AUC high", "lit % 
 
 
 def results(root):
-    """A row for the seen and one for the unseen particles of each model, at last those of the default command."""
-    head = ("detector", "particles", "test rows", *SCORE_HEAD, "ms per response", "parameters", "training, min", "command")
-    return markdown(head, [(r["detector"].upper(), part, str(r["rows"][part]), *score_cells(r, part), number(r["ms_per_response"].get("256"), ".3f"),
+    """A row for the seen and one for the unseen particles of each model, at last those of the default commands."""
+    head = ("model", "detector", "particles", "test rows", *SCORE_HEAD, "ms per response", "parameters", "training, min", "command")
+    return markdown(head, [(r["script"], r["detector"].upper(), part, str(r["rows"][part]), *score_cells(r, part), number(r["ms_per_response"].get("256"), ".3f"),
                             str(r["parameters"]), number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`")
-                           for r in read(root / "weights", "fm-*.json") + read(root / "results", "fm-default-*.json")
+                           for r in read(root / "weights", "*.json") + read(root / "results", "*-default-*.json")
                            for part in ("seen", "unseen") if r[part]])
 
 
@@ -49,9 +49,9 @@ def counts(root):
 
 
 def sweep(root):
-    head = ("detector", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
-    return markdown(head, [(r["detector"].upper(), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
-                            f"{p['ms_per_response']:.3f}") for r in read(root / "results", "fm-sweep-*.json") for p in r["points"]])
+    head = ("model", "detector", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
+    return markdown(head, [(r["script"], r["detector"].upper(), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
+                            f"{p['ms_per_response']:.3f}") for r in read(root / "results", "*-sweep-*.json") for p in r["points"]])
 
 
 def compare(root):
@@ -77,7 +77,37 @@ def channels(root):
                            for r in read(root / "results", "channels-*.json") for name, m in r["models"].items()])
 
 
-TABLES = {table.__name__: table for table in (results, counts, sweep, compare, check, channels)}
+def times(root):
+    """Milliseconds per response against the size of the batch."""
+    sizes = "1", "32", "256", "1024", "8192", "16384"
+    return markdown(("model", "detector", *(f"batch {size}" for size in sizes)),
+                    [(r["script"], r["detector"].upper(), *(number(r["ms_per_response"].get(size), ".3f") for size in sizes))
+                     for r in read(root / "weights", "*.json")])
+
+
+def reconstructions(root):
+    """Responses encoded and decoded again."""
+    head = ("model", "network", "detector", "test rows", "W", "oracle", "R", "MAE", "then with the flow: W", "R", "MAE (oracle)", "AUC high",
+            "ms per response", "command")
+    return markdown(head, [(r["script"], r["flags"]["net"], r["detector"].upper(), str(r["rows"]["seen"]),
+                            *(number(r["reconstruction"][key], ".2f") for key in ("W", "oracle", "R", "MAE")),
+                            number(r["seen"]["W"]["value"], ".2f"), number(r["seen"]["W"]["R"], ".2f"),
+                            f"{r['seen']['MAE']['value']:.2f} ({r['seen']['MAE']['oracle']:.2f})", number(r["seen"]["AUC_high"]["value"], ".3f"),
+                            number(r["ms_per_response"]["256"], ".3f"), f"`{r['command']}`")
+                           for r in read(root / "weights", "latent_fm-*.json") + read(root / "results", "latent_fm-*.json") if "reconstruction" in r])
+
+
+def autoencoders(root):
+    head = ("encoder, decoder", "latent from", "published W", "MAE", "W", "R", "MAE", "RMSE", "W, validation", "ms per response", "parameters", "training, min")
+    return "".join(markdown(head, [(row["arch"], row["variant"], *(number(row[f"paper_{name}"], ".2f") for name in ("W", "MAE")),
+                                    *(number(row[name], ".2f") for name in ("W", "R", "MAE", "RMSE", "validation_W")),
+                                    number(row["ms_per_response"], ".3f"), number(row["parameters"], "d"),
+                                    number(row["seconds"] and row["seconds"] / 60, ".1f")) for row in r["table"]])
+                   + f"\nOracle: W {r['oracle']['W']:.2f}, MAE {r['oracle']['MAE']:.2f}; {r['rows']['test']} test rows; `{r['command']}`\n"
+                   for r in read(root / "results", "vae-table-*.json"))
+
+
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, counts, sweep, compare, check, channels)}
 
 
 def marked(name):

@@ -316,7 +316,7 @@ def test_every_variant_has_its_shapes(name, counts, detector):
     maps = eqx.filter_eval_shape(lambda net: net(jnp.zeros(shape), 0.5, jnp.zeros(14)), half)
     assert maps.dtype == jnp.bfloat16                                          # nothing on the way makes float32 of it
     for solver in fm.SOLVERS:
-        here = fm.with_flags(args, solver=solver, steps=1)
+        here = common.with_flags(args, solver=solver, steps=1)
         responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], here), net)
         assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
 

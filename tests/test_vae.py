@@ -102,7 +102,7 @@ def test_poisson_loss_is_the_log_likelihood():
     counts = np.random.default_rng(0).poisson(3, (44, 44))
     log_rate = np.random.default_rng(1).normal(0.5, 1, (44, 44))
     expected = -poisson(np.exp(log_rate)).logpmf(counts).mean()
-    assert vae.poisson_loss(None, jnp.float32(log_rate), jnp.float32(counts)) == pytest.approx(expected, rel=1e-4)
+    assert vae.poisson_loss(None, jnp.float32(log_rate)[None, None], jnp.float32(counts)[None]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_second_terms():
@@ -159,9 +159,9 @@ def test_poisson_draws_at_the_edges():
 
 def test_counts_of_log_responses():
     args, counts = arguments("--likelihood", "mse"), np.random.default_rng(3).poisson(2, (2, 44, 44))
-    found = vae.to_counts(jnp.log1p(jnp.float32(counts)), KEY, args)
+    found = vae.to_counts(jnp.log1p(jnp.float32(counts))[:, None], KEY, args)
     np.testing.assert_array_equal(found, counts)
-    extreme = vae.to_counts(jnp.array([[[-5.0, 50.0]]]), KEY, args)
+    extreme = vae.to_counts(jnp.array([[[[-5.0, 50.0]]]]), KEY, args)
     assert extreme.tolist() == [[[0, 65535]]] and extreme.dtype == jnp.uint16
 
 
@@ -178,7 +178,7 @@ def test_shapes(arch, variant, detector):
         batch = np.zeros((4, *shape), np.uint16), np.zeros((4, conditions), np.float32), KEY
         loss, parts = eqx.filter_eval_shape(lambda net: vae.batch_loss(net, *batch, args), net)
         assert loss.shape == () and loss.dtype == jnp.float32 and parts.keys() == {"reconstruction", "latent"}
-        responses = eqx.filter_eval_shape(lambda net: vae.sample(net, *batch[1:], args), net)
+        responses = eqx.filter_eval_shape(lambda net: vae.to_counts(vae.decode_new(net, *batch[1:], args), KEY, args), net)
         assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
 
 
