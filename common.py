@@ -105,7 +105,7 @@ FLAGS = {
     "resume": dict(action="store_true", help="continue the run that was cut off in --run"),
     "generate": dict(type=Path, metavar="FILE", help="particle list to generate responses for; needs --out"),
     "out": dict(type=Path, metavar="FILE", help="HDF5 file to write"),
-    "precision": dict(choices=("f32", "bf16"), default="f32", help="of the network; bf16 pays on accelerators only"),
+    "precision": dict(choices=("f32", "bf16"), default="f32", help="of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices, over all hosts, that share a batch"),
     "quiet": dict(action="store_true", help="no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run"),
@@ -437,16 +437,20 @@ def plot_training(path, records):
 def plot_sweep(path, points):
     """Draw what the steps of a sampler buy: the score W against steps and against time.
 
-    `points`: dicts with "steps", "W", "ms_per_response" and, where the simulator can be run again, "oracle".
+    `points`: dicts with "steps", "W", "ms_per_response", where there are several curves their "label" and, where the simulator
+    can be run again, "oracle".
     """
     figure, axes = _figure(1, 2, 3.4, 2.6)
-    for axis, name, label in zip(axes[0], ("steps", "ms_per_response"), ("steps", "ms per response")):
-        axis.plot([point[name] for point in points], [point["W"] for point in points], marker="o", label="model")
+    for axis, name, title in zip(axes[0], ("steps", "ms_per_response"), ("steps", "ms per response")):
+        for label in dict.fromkeys(point.get("label", "model") for point in points):
+            curve = [(point[name], point["W"]) for point in points if point.get("label", "model") == label]
+            axis.plot(*zip(*curve), marker="o", label=label)
         if "oracle" in points[0]:
             axis.axhline(points[0]["oracle"], color="0.5", linestyle="--", label="oracle")
-        axis.set(xscale="log", xlabel=label, ylabel="W")
+        axis.set(xscale="log", xlabel=title, ylabel="W")
         axis.set_ylim(bottom=0)
-        axis.set_xticks([point[name] for point in points], [f"{point[name]:.2g}" for point in points], fontsize=7)
+        ticks = [point[name] for point in points if point.get("label") == points[0].get("label")]
+        axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
     axes[0, 0].legend()
     _save_figure(path, figure)
@@ -462,7 +466,8 @@ def progress(what, label, quiet=False):
 
 
 class Logbook:
-    """The book that a training loop keeps: a progress bar, log.jsonl every 50 steps, the state once a minute and at the end.
+    """The book that a training loop keeps: a progress bar, log.jsonl every 50 steps and its picture, the state once a minute
+    and at the end.
 
     `header` stands before each saved state and holds its "script", "detector", "flags" and "rows", which --resume wants
     unchanged. `step` counts the steps done, out of `steps`. Used in a `with`, so that the bar is closed before an error is told.
@@ -507,8 +512,11 @@ class Logbook:
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
-        """{"train_seconds": of this run and those before, "step_seconds": median, None without two lines in the log}."""
+        """Draws training.png. {"train_seconds": of this run and those before, "step_seconds": median, None without two lines in
+        the log}."""
         lines = read_log(self.args.run)
+        if lines:
+            plot_training(self.args.run / "training.png", lines)
         per_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines)]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}

@@ -604,8 +604,8 @@ def generator(args, draw, scaler):
 
 
 def report(args, draw, scaler, tests, result, sizes=(1, 32, 256, 8192)):
-    """Time `draw` and score it on the data sets `tests` (data.test_sets): prints the table, draws samples.png, channels.png and
-    the training, writes metrics.json into the run folder and returns what that holds.
+    """Time `draw` and score it on the data sets `tests` (data.test_sets): prints the table, draws samples.png and channels.png,
+    writes metrics.json into the run folder and returns what that holds.
 
     `result`: the script's own entries, among them "flags", "rows", "parameters", "mflop" and "evaluations" per response.
     `sizes`: of the batches to time.
@@ -618,8 +618,6 @@ def report(args, draw, scaler, tests, result, sizes=(1, 32, 256, 8192)):
     print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; "
           f"ms per response: {times}")
     result |= score_model(args, generator(args, draw, scaler), tests, f"{result['evaluations']} evaluations each")
-    if records := not args.load and common.read_log(args.run):
-        common.plot_training(args.run / "training.png", records)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
@@ -657,7 +655,8 @@ def plot(folder, test, generated):
 
 def sweep(args, cases, dataset, rows):
     """W, MAE and ms per response on the validation rows for `cases`, pairs (entry, generate) with "steps" and
-    "evaluations" in the entry (paper 002, Fig. 5): printed, drawn, written to sweep.json and returned."""
+    "evaluations" in the entry (paper 002, Fig. 5), and a "label" if there are several curves: printed, drawn, written to
+    sweep.json and returned."""
     real, particles, pdg = data.select(dataset, rows)
     truth, points, oracle = channels(real), [], {}
     if not args.data:
@@ -670,7 +669,8 @@ def sweep(args, cases, dataset, rows):
         ms = 1e3 * (time.perf_counter() - began) / len(rows)
         point = entry | {"W": wasserstein(truth, found), "MAE": mae(truth, found), "ms_per_response": ms} | oracle
         reference = f"{point['oracle']:8.3f}" if oracle else f"{'-':>8}"
-        print(f"{point['steps']:6d} {point['evaluations']:12d} {point['W']:8.3f} {reference} {point['MAE']:8.2f} {ms:16.3f}")
+        print(f"{point['steps']:6d} {point['evaluations']:12d} {point['W']:8.3f} {reference} {point['MAE']:8.2f} {ms:16.3f}  "
+              f"{point.get('label', '')}", flush=True)
         points.append(point)
     common.plot_sweep(args.run / "sweep.png", points)
     result = {"script": args.script, "detector": args.detector, "command": args.command, "device": common.device_name(),

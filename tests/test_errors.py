@@ -11,9 +11,12 @@ import pytest
 
 import common
 import data
+import diffusion
 import fm
+import latent_fm
 import metrics
 import tiny
+import vae
 
 ROOT = Path(__file__).parent.parent
 ROW = [500.0, 0, 0, 0, 0.3, 0.4, 499.99968, 0, 0]                              # a photon of 500 GeV
@@ -240,6 +243,20 @@ def test_bad_input_of_fm(flags, name, files, monkeypatch, capfd):
     before = snapshot(files)
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: fm.main([*tiny.FLAGS, "--n", "50", *flags.split()]))
+    assert_one_line(stop.value.code, *capfd.readouterr(), name, before, files)
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("--load missing.eqx", "missing.eqx"), ("--load good.eqx", "good.eqx"), ("--data missing.h5", "missing.h5"),
+    ("--data shape.h5", "shape.h5"), ("--batch-size 500", "--batch-size"), ("--generate set.h5", "--load"), ("--resume", "state.eqx"),
+    ("--lr nan", "--lr"), ("--epochs 0", "--epochs"), ("--devices 3 --batch-size 9", "--devices"), ("--run plain", "plain"),
+])
+@pytest.mark.parametrize("module", [diffusion, latent_fm, vae])
+def test_bad_input_of_the_other_scripts(module, flags, name, files, monkeypatch, capfd):
+    monkeypatch.chdir(files)
+    before = snapshot(files)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: module.main(["--n", "50", "--batch-size", "16", "--quiet", *flags.split()]))
     assert_one_line(stop.value.code, *capfd.readouterr(), name, before, files)
 
 

@@ -71,7 +71,7 @@ def test_terms_keep_their_values(paper):
     np.testing.assert_allclose(squares, np.sum(np.square(np.float64(made) - x), axis=(1, 2)), rtol=1e-5)
     expected = 0.0
     for theirs, ours in zip(maps, jax.vmap(net.features)(made)[0]):
-        theirs, ours = (np.float64(m) / np.sqrt(np.square(np.float64(m)).sum(-1, keepdims=True) + 1e-6) for m in (theirs, ours))
+        theirs, ours = (np.float64(m) / np.sqrt(np.square(np.float64(m)).sum(-1, keepdims=True) + 1e-2) for m in (theirs, ours))
         expected += np.square(theirs - ours).sum(-1).mean((1, 2))
     np.testing.assert_allclose(percept, expected, rtol=1e-3)
     assert fooled.shape == (3,) and np.allclose(latent_fm.judge(net, x, x, maps)[1], 0)
@@ -231,7 +231,7 @@ def test_who_knows_the_particle():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latent") / "run"
-    return folder, latent_fm.main([*FLAGS, "--epochs", "8", "--run", str(folder)])
+    return folder, latent_fm.main([*FLAGS, "--epochs", "20", "--run", str(folder)])
 
 
 def test_a_run(trained):
@@ -265,7 +265,7 @@ def test_generated_file(trained, tmp_path):
 def test_one_stage_after_the_other(trained, tmp_path):
     """The same numbers as both in one run; stage 2 again, with other flags of its own, leaves stage 1 as it is."""
     folder, result = trained
-    flags = [*FLAGS, "--epochs", "8", "--run", str(tmp_path)]
+    flags = [*FLAGS, "--epochs", "20", "--run", str(tmp_path)]
     told = latent_fm.main([*flags, "--stage", "1"])
     assert "stage1" in told and not (tmp_path / "model.eqx").exists()
     first = (tmp_path / "stage1" / "state.eqx").read_bytes()
@@ -280,7 +280,7 @@ def test_stage_2_needs_its_stage_1(trained, tmp_path):
     with pytest.raises(UserError, match="train stage 1 first"):
         latent_fm.main([*FLAGS, "--stage", "2", "--run", str(tmp_path)])
     with pytest.raises(UserError, match="needs the flags of the first run; different: latent"):
-        latent_fm.main([*FLAGS, "--epochs", "8", "--latent", "5", "--stage", "2", "--run", str(trained[0])])
+        latent_fm.main([*FLAGS, "--epochs", "20", "--latent", "5", "--stage", "2", "--run", str(trained[0])])
 
 
 @pytest.mark.parametrize("where", ["stage1", "stage2"])
