@@ -522,7 +522,7 @@ class Logbook:
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
 
-BATCHES = 1, 32, 256, 1024, 8192, 16384   # to time where a response costs little (paper 001, Table 2)
+BATCHES = 1, 32, 256, 1024, 8192, 16384   # to time where a response costs little (paper 001, Table 3)
 
 
 def time_sampler(sample, sizes, repeats=5):

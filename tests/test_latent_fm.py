@@ -1,6 +1,7 @@
 """latent_fm.py: Eq. 7 and what stands in for VGG16, the latents, the stages and their states, every kind of run."""
 import json
 import math
+import shutil
 
 import equinox as eqx
 import h5py
@@ -125,14 +126,20 @@ def test_divergence_is_that_of_the_integral(mean, std):
     np.testing.assert_allclose(found, 5 * expected, rtol=1e-4, atol=1e-6)
 
 
-def test_dense_loss_is_the_evidence_bound():
+@pytest.mark.parametrize("likelihood", ["poisson", "logistic"])
+def test_dense_loss_is_the_evidence_bound(likelihood):
     """-log p per fibre by scipy, and KL, for the latents that the same key draws."""
-    args, counts, c = arguments("--latent", 3, "--likelihood", "poisson"), counts_like(4), jnp.zeros((4, 14))
+    args, counts, c = arguments("--latent", 3, "--likelihood", likelihood), counts_like(4), jnp.zeros((4, 14))
     net = latent_fm.make_network(args, 14, KEY)
     loss, parts = latent_fm.dense_loss(net, counts, c, KEY, args)
     mean, std = latent_fm.gaussian(jax.vmap(net.autoencoder.encode)(jnp.log1p(counts), c))
-    rate = jnp.exp(jax.vmap(net.autoencoder.decode)(mean + std * jax.random.normal(KEY, (4, 3)), c))[:, 0]
-    expected = -stats.poisson.logpmf(np.asarray(counts), np.float64(rate)).mean()
+    maps = np.float64(jax.vmap(net.autoencoder.decode)(mean + std * jax.random.normal(KEY, (4, 3)), c))
+    rate, counts = np.exp(maps[:, -1]), np.asarray(counts)
+    expected = -stats.poisson.logpmf(counts, rate).mean()
+    if likelihood == "logistic":
+        law = stats.logistic(maps[:, 0] + 2 * np.sqrt(rate), np.exp(maps[:, 1]))
+        below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
+        expected -= np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below).mean()
     np.testing.assert_allclose(parts["reconstruction"], expected, rtol=1e-4)
     np.testing.assert_allclose(loss, expected + latent_fm.divergence(mean, std).mean() / 1936, rtol=1e-4)
 
@@ -172,16 +179,13 @@ def test_new_latents_have_the_stored_spread():
     """A flow that stands still leaves N(0, 1), which mean and std of the checkpoint stretch."""
     args = arguments("--latent", 3)
     mean, std = jnp.array([1.0, -5.0, 0.0]), jnp.array([1.0, 0.1, 30.0])
-    seen = []
 
     class Plain(eqx.Module):
         def decode(self, z, c):
-            jax.debug.callback(lambda z: seen.append(np.asarray(z)), z)
-            return jnp.zeros((1, 44, 44))
+            return z
     net = latent_fm.LatentFM(Plain(), mean, std, lambda z, t, c: jnp.zeros_like(z))
-    latent_fm.decode_new(net, jnp.zeros((2000, 14)), KEY, args)
-    seen = np.concatenate([z.reshape(-1, 3) for z in seen])
-    np.testing.assert_allclose(seen.mean(0), mean, atol=0.1 * std.max())
+    seen = latent_fm.decode_new(net, jnp.zeros((2000, 14)), KEY, args)
+    assert seen.shape == (2000, 3) and (np.abs(seen.mean(0) - mean) < 0.1 * std).all()
     np.testing.assert_allclose(seen.std(0), std, rtol=0.1)
 
 
@@ -220,10 +224,9 @@ def test_who_knows_the_particle():
         args = arguments("--net", name)
         net = latent_fm.make_latent_fm(args, 14, KEY)
         z, x = jnp.ones(latent_fm.latent_shape(args)), jnp.ones((44, 44))
-        blind = name == "paper"
-        assert np.array_equal(net.autoencoder.encode(x, c), net.autoencoder.encode(x, other)) == blind
-        assert np.array_equal(net.autoencoder.decode(z, c), net.autoencoder.decode(z, other)) == blind
-        assert not np.array_equal(net.flow(z, t, c), net.flow(z, t, other))
+        everything = eqx.filter_jit(lambda net, c: (net.autoencoder.encode(x, c), net.autoencoder.decode(z, c), net.flow(z, t, c)))
+        same = [np.array_equal(a, b) for a, b in zip(everything(net, c), everything(net, other))]
+        assert same == ([True, True, False] if name == "paper" else [False, False, False])
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -241,7 +244,6 @@ def test_a_run(trained):
     assert {"model.eqx", "metrics.json", "samples.png", "channels.png", "stage1", "stage2"} <= {path.name for path in folder.iterdir()}
     reconstruction = [record["reconstruction"] for record in common.read_log(folder / "stage1")]
     assert reconstruction[-1] < 0.8 * reconstruction[0]
-    assert result["reconstruction"]["W"] < result["seen"]["W"]["value"]
     assert result["reconstruction"]["R"] == pytest.approx(result["reconstruction"]["W"] / result["reconstruction"]["oracle"])
 
 
@@ -276,11 +278,20 @@ def test_one_stage_after_the_other(trained, tmp_path):
     assert (tmp_path / "stage1" / "state.eqx").read_bytes() == first
 
 
+def test_a_flow_goes_with_its_autoencoder(trained, tmp_path):
+    """A finished stage 2 is not taken for that of an autoencoder trained anew."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    flags = [*FLAGS, "--epochs", "2", "--run", str(tmp_path / "run")]
+    latent_fm.main([*flags, "--stage", "1"])
+    with pytest.raises(UserError, match="different: stage1_epochs"):
+        latent_fm.main([*flags, "--resume"])
+
+
 def test_stage_2_needs_its_stage_1(trained, tmp_path):
     with pytest.raises(UserError, match="train stage 1 first"):
         latent_fm.main([*FLAGS, "--stage", "2", "--run", str(tmp_path)])
-    with pytest.raises(UserError, match="needs the flags of the first run; different: latent"):
-        latent_fm.main([*FLAGS, "--epochs", "20", "--latent", "5", "--stage", "2", "--run", str(trained[0])])
+    with pytest.raises(UserError, match="needs the flags of the first run; different: beta"):
+        latent_fm.main([*FLAGS, "--epochs", "20", "--beta", "5", "--stage", "2", "--run", str(trained[0])])
 
 
 @pytest.mark.parametrize("where", ["stage1", "stage2"])
@@ -309,12 +320,10 @@ def test_resume_is_as_uninterrupted(where, tmp_path, monkeypatch):
 
 
 def test_the_papers_model(tmp_path):
-    """Both stages, scored and loaded again; the parts of Eq. 7 are in the log."""
-    result = latent_fm.main([*FLAGS, "--net", "paper", "--detector", "zp", "--run", str(tmp_path / "run")])
-    assert {"squares", "divergence", "perceptual", "fooled", "features", "critic"} <= common.read_log(tmp_path / "run/stage1")[-1].keys()
-    again = latent_fm.main(["--load", str(tmp_path / "run/model.eqx"), "--detector", "zp", "--steps", "2", "--quiet",
-                            "--run", str(tmp_path / "again")])
-    assert again["seen"] == result["seen"] and result["flags"]["latent"] == 4
+    """Both stages and the scores; the parts of Eq. 7 are in the log."""
+    result = latent_fm.main([*FLAGS, "--net", "paper", "--detector", "zp", "--run", str(tmp_path)])
+    assert {"squares", "divergence", "perceptual", "fooled", "features", "critic"} <= common.read_log(tmp_path / "stage1")[-1].keys()
+    assert result["flags"]["latent"] == 4 and np.isfinite(result["seen"]["W"]["value"])
 
 
 def test_sweep(trained, tmp_path, monkeypatch):
@@ -324,6 +333,13 @@ def test_sweep(trained, tmp_path, monkeypatch):
 
 
 def test_two_devices(tmp_path):
-    """Two devices share a batch and end in the same numbers as one."""
-    result = [latent_fm.main([*FLAGS, "--devices", str(n), "--run", str(tmp_path / str(n))])["seen"]["W"]["value"] for n in (1, 2)]
-    assert result[0] == pytest.approx(result[1], rel=0.02)
+    """Two devices share a batch and end in the same numbers as one, in both stages."""
+    dataset = data.open_data("zn", 700, quiet=True)
+    scaler = data.fit_conditions(dataset.particles, "physics")
+
+    def run(n):
+        args = latent_fm.flags().parse_args([*FLAGS, "--devices", str(n), "--run", str(tmp_path / str(n))])
+        return latent_fm.train_stages(common.with_flags(args, latent=4), dataset, np.arange(489), scaler)[0]
+    one, two = (jax.tree.leaves(eqx.filter(run(n), eqx.is_array)) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.stats import chisquare, poisson
+from scipy.stats import chisquare, logistic, poisson
 
 import common
 import data
@@ -103,6 +103,30 @@ def test_poisson_loss_is_the_log_likelihood():
     log_rate = np.random.default_rng(1).normal(0.5, 1, (44, 44))
     expected = -poisson(np.exp(log_rate)).logpmf(counts).mean()
     assert vae.poisson_loss(None, jnp.float32(log_rate)[None, None], jnp.float32(counts)[None]) == pytest.approx(expected, rel=1e-4)
+
+
+def logistic_law(maps):
+    """Distribution of 2 sqrt(n) from three maps (3,): shift from the root of the rate, log of the scale, log of the rate."""
+    return logistic(maps[0] + 2 * np.exp(maps[2] / 2), np.exp(maps[1]))
+
+
+def test_logistic_loss_is_the_log_likelihood():
+    """P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), all below for n = 0, and the Poisson likelihood of the rate beside it."""
+    rng = np.random.default_rng(1)
+    maps, counts = rng.normal(0, [[1.5], [0.5], [1.5]], (3, 200)), rng.poisson(3, 200)
+    law = logistic_law(maps)
+    below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
+    expected = -np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below).mean() - poisson(np.exp(maps[2])).logpmf(counts).mean()
+    found = vae.logistic_loss(None, jnp.float32(maps).reshape(1, 3, 10, 20), jnp.float32(counts).reshape(1, 10, 20))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("maps", [(-3.0, 0.2, -2.0), (0.3, -0.7, 1.5), (0.0, -0.5, 5.0)])
+def test_logistic_draws_follow_the_loss(maps):
+    drawn = np.asarray(vae.to_counts(jnp.broadcast_to(jnp.array(maps)[:, None, None], (1, 3, 200, 500)), KEY, arguments())).ravel()
+    law = logistic_law(np.array(maps))
+    for n in np.unique(np.quantile(drawn, (0.05, 0.3, 0.5, 0.8, 0.99)).astype(int)):
+        assert (drawn <= n).mean() == pytest.approx(law.cdf(2 * np.sqrt(n + 0.5)), abs=0.005)
 
 
 def test_second_terms():
