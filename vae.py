@@ -457,6 +457,8 @@ def batch_loss(net, counts, c, key, args):
     parts = {"reconstruction": first, "latent": second}
     if args.variant == "vae" and args.likelihood == "mse":
         first = 0.5 * jnp.log(first)     # a normal likelihood of the best variance: no weight to tune (Rybkin et al. 2021)
+    if args.variant == "vae" and args.likelihood == "logistic":
+        second *= 2                                                            # the first holds two likelihoods, of one response
     return first + args.beta * second, parts
 
 
