@@ -800,10 +800,10 @@ def select(dataset, rows):
 
 def open_split(args, seed):
     """(Dataset, (train, validation, test)): what --detector, --data, --n and --split name, and the row numbers of its parts.
-    UserError if the training rows do not fill a --batch-size, unless a checkpoint is loaded."""
+    UserError if the training rows do not fill a --batch-size, of a script that trains a generator (and has --load)."""
     dataset = load(args.data, args.detector) if args.data else open_data(args.detector, args.n, seed, quiet=args.quiet)
     split = split_particles(dataset.particles, seed) if args.split == "particles" else split_rows(len(dataset.pdg), seed)
-    if not args.load and not 2 <= args.batch_size <= len(split[0]):
+    if "load" in args and not args.load and not 2 <= args.batch_size <= len(split[0]):
         raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split[0])}, the training rows")
     return dataset, split
 
