@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import equinox as eqx
 import h5py
@@ -324,6 +325,19 @@ def test_the_papers_model(tmp_path):
     result = latent_fm.main([*FLAGS, "--net", "paper", "--detector", "zp", "--run", str(tmp_path)])
     assert {"squares", "divergence", "perceptual", "fooled", "features", "critic"} <= common.read_log(tmp_path / "stage1")[-1].keys()
     assert result["flags"]["latent"] == 4 and np.isfinite(result["seen"]["W"]["value"])
+
+
+@pytest.mark.parametrize("detector", data.DETECTORS)
+def test_checked_in_weights(detector, tmp_path):
+    """They load into the present code, and their responses are about as bright as the simulator's."""
+    dataset = data.open_data(detector, 700, quiet=True)
+    with h5py.File(tmp_path / "list.h5", "w") as file:
+        file["particles"], file["pdg"] = dataset.particles, dataset.pdg
+    weights = Path(latent_fm.__file__).parent / "weights" / f"latent_fm-{detector}.eqx"
+    latent_fm.main(["--load", str(weights), "--detector", detector, "--generate", str(tmp_path / "list.h5"), "--out",
+                    str(tmp_path / "out.h5"), "--quiet"])
+    made, real = (responses.mean() for responses in (data.load(tmp_path / "out.h5", detector).responses, dataset.responses))
+    assert made == pytest.approx(real, rel=0.15)
 
 
 def test_sweep(trained, tmp_path, monkeypatch):
