@@ -537,7 +537,7 @@ def count_loss(counts, location, scale):
 def logistic_loss(x, maps, counts):
     """-log P(n) per fibre of the logistic distribution that counts are drawn from, and of a Poisson distribution with the rate in
     its middle, maps (B, 3, H, W); nats. The latter is strict with bright fibres: alone, the former takes a wide distribution for a
-    narrow shower and leaves the latent out of it (W of ZP's protons five times as high [validation rows])."""
+    narrow shower and leaves the latent out of it (W of ZP's reconstruction three times as high [validation rows])."""
     return jnp.mean(count_loss(counts, *logistic(maps))) + poisson_loss(x, maps[:, 2:], counts)
 
 
@@ -871,9 +871,7 @@ def score_reconstruction(args, net, scaler, test):
     draw = in_halves(decode_again, args)
     again = in_blocks(lambda counts, c, key: draw(net, counts, c, key), test.responses, data.conditions(test.particles, scaler))
     truth, found = metrics.channels(test.responses), metrics.channels(again)
-    oracle = None
-    if not args.data:
-        oracle = metrics.wasserstein(truth, metrics.channels(data.simulate(data.DETECTORS[args.detector], *test[1:], 1000)))
+    oracle = None if args.data else metrics.wasserstein(truth, metrics.rerun(args, test))
     score = {"W": metrics.wasserstein(truth, found), "oracle": oracle, "MAE": metrics.mae(truth, found)}
     score["R"] = oracle and score["W"] / oracle
     print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in score.items() if value))

@@ -653,14 +653,18 @@ def plot(folder, test, generated):
     common.plot_channels(Path(folder, "channels.png"), channels(real), channels(generated))
 
 
+def rerun(args, test):
+    """Channels (N, 5) of another run of the simulator on the particles of the Dataset `test`, the oracle; None with --data."""
+    return None if args.data else channels(data.simulate(data.DETECTORS[args.detector], test.particles, test.pdg, 1000))
+
+
 def sweep(args, cases, dataset, rows):
     """W, MAE and ms per response on the validation rows for `cases`, pairs (entry, generate) with "steps" and
     "evaluations" in the entry (paper 002, Fig. 5), and a "label" if there are several curves: printed, drawn, written to
     sweep.json and returned."""
-    real, particles, pdg = data.select(dataset, rows)
-    truth, points, oracle = channels(real), [], {}
-    if not args.data:
-        oracle["oracle"] = wasserstein(truth, channels(data.simulate(data.DETECTORS[args.detector], particles, pdg, 1000)))
+    part = data.select(dataset, rows)
+    particles, truth, points = part.particles, channels(part.responses), []
+    oracle = {} if args.data else {"oracle": wasserstein(truth, rerun(args, part))}
     print(f"{'steps':>6} {'evaluations':>12} {'W':>8} {'oracle':>8} {'MAE':>8} {'ms per response':>16}")
     for entry, generate in cases:
         generate(particles[:BLOCK], 0)  # compiles

@@ -388,7 +388,7 @@ def count_loss(counts, location, scale):
 def logistic_loss(x, maps, counts):
     """-log P(n) per fibre of the logistic distribution that counts are drawn from, and of a Poisson distribution with the rate in
     its middle, maps (B, 3, H, W); nats. The latter is strict with bright fibres: alone, the former takes a wide distribution for a
-    narrow shower and leaves the latent out of it (W of ZP's protons five times as high [validation rows])."""
+    narrow shower and leaves the latent out of it (W of ZP's reconstruction three times as high [validation rows])."""
     return jnp.mean(count_loss(counts, *logistic(maps))) + poisson_loss(x, maps[:, 2:], counts)
 
 
@@ -625,12 +625,12 @@ PUBLISHED = {("cnn", "vae"): (11.52, 17.76, 50.38), ("cnn", "supervised"): (23.7
 def table(args, dataset, split):
     """Train every architecture with every variant and score them beside the papers: W on the validation rows, W, MAE and RMSE on
     the test rows. Writes table.json after each, and a model.eqx into a folder for each."""
-    scaler, rows, detector = data.fit_conditions(dataset.particles[split[0]], args.cond), [], data.DETECTORS[args.detector]
+    scaler, rows = data.fit_conditions(dataset.particles[split[0]], args.cond), []
     parts = {name: data.select(dataset, part) for name, part in zip(("validation", "test"), split[1:])}
     scores = {"W": metrics.wasserstein, "MAE": metrics.mae}
     truth = {name: metrics.channels(part.responses) for name, part in parts.items()}
-    again = None if args.data else data.simulate(detector, *parts["test"][1:], 1000)
-    oracle = {name: None if args.data else score(truth["test"], metrics.channels(again)) for name, score in scores.items()}
+    again = metrics.rerun(args, parts["test"])
+    oracle = {name: None if args.data else score(truth["test"], again) for name, score in scores.items()}
 
     def scored(here, net, times):
         net = data.save_model(here, training_flags(here), scaler, times, net)
