@@ -15,3 +15,12 @@ def cache_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["ZDC_CACHE"] = str(folder)  # os.environ, so that the commands that tests start see it as well
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code():
+    """Lets go of what a file compiled. An executable takes memory maps, of which Linux allows a process 65 530; test_fm.py alone
+    takes half of them, and a process that has none left crashes."""
+    import jax  # after the flags above
+    yield
+    jax.clear_caches()
