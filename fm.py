@@ -160,7 +160,7 @@ class Dense(eqx.Module):
     Patches of 4 x 4 fibres shrink to a few numbers each; all of them, with the light around the places where the particle may
     hit, pass through residual blocks as one wide vector, which returns a few numbers to each patch. A small network that every
     patch shares puts these together with the patch's own x_t, so that single fibres are not lost in the narrow middle, and with
-    its vicinity to those places; the wide vector scales and shifts it. "compact" is the same with at most 100 000 parameters.
+    its vicinity to those places; the wide vector scales and shifts it.
     """
     embedding: Embedding
     squeeze: eqx.nn.Linear
@@ -315,7 +315,7 @@ class PaperUNet(eqx.Module):
 
 
 NETWORKS = {"paper": PaperUNet,
-            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),
+            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),   # at most 100 000 parameters
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
@@ -387,8 +387,8 @@ def emphasis(error, c, detector):
     """A number to add to the square of an error (H, W), summed over fibres: the squares of some of its sums, weighted.
 
     How bright a shower is this time hardly shows in any one fibre, and a network that learns fibres first makes responses too
-    alike. The mean of x_1 minimises every square of a sum of the error as well, so this changes what is learnt first, not
-    what is right. The sums have weights of unit length: the bumps at the impact, blocks of 4 and of 16 fibres, and all.
+    alike. The mean response minimises every square of a sum of the error as well, so this changes what is learnt first,
+    not what is right. The sums have weights of unit length: the bumps at the impact, blocks of 4 and of 16 fibres, and all.
     """
     bumps = vicinity(c, detector, 4)[1]
     blocks = sum(weight * jnp.sum(jnp.square(to_patches(error, size).sum(1) / size)) for size, weight in ((4, 0.6), (16, 2.4)))

@@ -97,7 +97,17 @@ def reconstructions(root):
                            for r in read(root / "weights", "latent_fm-*.json") + read(root / "results", "latent_fm-*.json") if "reconstruction" in r])
 
 
-TABLES = {table.__name__: table for table in (results, times, reconstructions, counts, sweep, compare, check, channels)}
+def autoencoders(root):
+    head = ("encoder, decoder", "latent from", "published W", "MAE", "W", "R", "MAE", "RMSE", "W, validation", "ms per response", "parameters", "training, min")
+    return "".join(markdown(head, [(row["arch"], row["variant"], *(number(row[f"paper_{name}"], ".2f") for name in ("W", "MAE")),
+                                    *(number(row[name], ".2f") for name in ("W", "R", "MAE", "RMSE", "validation_W")),
+                                    number(row["ms_per_response"], ".3f"), number(row["parameters"], "d"),
+                                    number(row["seconds"] and row["seconds"] / 60, ".1f")) for row in r["table"]])
+                   + f"\nOracle: W {r['oracle']['W']:.2f}, MAE {r['oracle']['MAE']:.2f}; {r['rows']['test']} test rows; `{r['command']}`\n"
+                   for r in read(root / "results", "vae-table-*.json"))
+
+
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, counts, sweep, compare, check, channels)}
 
 
 def marked(name):

@@ -167,6 +167,22 @@ def test_flow_loss_is_least_for_the_right_velocity():
     assert latent_fm.flow_loss(lambda z, t, c: exact(z, t, c) + 1, codes, c, KEY, args)[0] == pytest.approx(1, rel=1e-2)
 
 
+def test_flow_loss_weighs_by_precision():
+    """An error costs more in a number that the encoder tells exactly; with weights of mean 1."""
+    stds = np.array([0.1, 0.5, 1.0])
+    codes = jnp.broadcast_to(jnp.stack([jnp.zeros(3), jnp.log(stds)]), (64, 2, 3))
+    c, args, draw = jnp.zeros((64, 14)), arguments("--latent", 3), {}
+
+    def spy(z, t, c):
+        jax.debug.callback(lambda t: draw.setdefault("t", []).append(float(t)), t)
+        return 1e3 * jnp.array([1.0, 0, 0])                                    # so wrong that the right velocity hardly matters
+    loss = latent_fm.flow_loss(spy, codes, c, KEY, args)[0]
+    jax.effects_barrier()
+    weights = 1 / (stds**2 + 0.05)
+    assert loss == pytest.approx(1e6 * weights[0] / weights.sum(), rel=1e-2)
+    assert stats.kstest(draw["t"], lambda t: np.sqrt(np.clip(t, 0, 1))).pvalue > 0.01   # of u^2, u uniform
+
+
 @pytest.mark.parametrize("solver, error", [("ab2", 0.03), ("euler", 0.3)])
 def test_the_path_of_a_gaussian(solver, error):
     """Latents N(0, s^2): the exact velocity carries z_0 to s z_0."""
