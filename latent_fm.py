@@ -34,7 +34,7 @@ from common import UserError
 
 SWEEP = 1, 2, 4, 7, 11, 16, 32           # steps
 LATENT = {"zn": 32, "zp": 16}            # with 32 for ZP, W is a quarter higher: the flow loses the brightness [validation rows]
-TERMS, FEW = 22, 6.0   # of draw_poisson: a count above 21 has a probability of 4e-7 at a rate of 6
+TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of 3e-7 at a rate of 10
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -34,7 +34,7 @@ import metrics
 from common import UserError
 
 ARCHITECTURES, VARIANTS = ("cnn", "vit", "mixer"), ("vae", "supervised", "noise-l2", "noise-sinkhorn")
-TERMS, FEW = 22, 6.0   # of draw_poisson: a count above 21 has a probability of 4e-7 at a rate of 6
+TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of 3e-7 at a rate of 10
 NOISE = 10   # numbers into the noise generator, as many as ALICE O2 feeds its networks
 
 
