@@ -659,7 +659,7 @@ def flow_loss(net, codes, c, key, args):
 
     Early times come more often: whether the response will be bright is decided there. Squares count by how exactly the encoder
     tells a number, so that those that hold the brightness are not lost among those of single photons. Neither changes which
-    velocity is the best one, the mean. [W of ZP a third lower together, validation rows]
+    velocity is the best one, the mean. [W of ZP about a sixth lower, validation rows]
     """
     time_key, noise_key, latent_key = jax.random.split(key, 3)
     mean, std = gaussian(codes)
