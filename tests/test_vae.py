@@ -262,18 +262,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
     scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--batch-size", 16, "--epochs", 4)
     run = lambda *more: vae.train(arguments(*flags, *more), dataset, rows, scaler)[0]
-    whole, log = run("--run", tmp_path / "whole"), common.log_line
-
-    def cut(folder, record):
-        log(folder, record)
-        if record["step"] == 100:                                              # saved last: the state of step 50
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "log_line", cut)
-        run("--run", tmp_path / "cut")
-    resumed = run("--run", tmp_path / "cut", "--resume")
-    pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a))
+    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)
     assert losses(tmp_path / "cut", "reconstruction") == losses(tmp_path / "whole", "reconstruction")
 
 

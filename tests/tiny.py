@@ -4,6 +4,11 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
 import common
 import fm
 import metrics
@@ -30,3 +35,19 @@ def clock(pause=0.0):
         time.sleep(pause)
         return float(next(ticks))
     return SimpleNamespace(perf_counter=perf_counter)
+
+
+def assert_resume_is_as_uninterrupted(run, folder, monkeypatch):
+    """`run(*flags)` trains past step 100 and returns its network: the same whole, and cut off there and continued."""
+    whole, log = run("--run", folder / "whole"), common.log_line
+
+    def cut(path, record):
+        log(path, record)
+        if record["step"] == 100:                                              # saved last: the state of step 50
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "log_line", cut)
+        run("--run", folder / "cut")
+    resumed = run("--run", folder / "cut", "--resume")
+    pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a))
