@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 VERSION = "0.1.0"
-FORMAT = "zdc-checkpoint-1"
+FORMAT = "zdc-checkpoint-2"
 CHANNEL_NAMES = ("x < 0, y < 0", "x < 0, y > 0", "x > 0, y < 0", "x > 0, y > 0", "common")
 
 
@@ -278,21 +278,37 @@ def cast(tree, dtype):
     return jax.tree.map(change, tree)
 
 
+def eight_bits(leaf):
+    """(scale (..., 1) float32, whole numbers (..., N) int8) whose product is nearly `leaf`: each row of a matrix has 255 levels."""
+    leaf = np.asarray(leaf, np.float32)
+    scale = np.abs(leaf).max(axis=-1, keepdims=True, initial=0) / 127
+    return scale, np.round(leaf / np.where(scale, scale, 1)).astype(np.int8)
+
+
+def _is_small(leaf):
+    """Whether a small checkpoint keeps the leaf as float16; None if as it is. Matrices are kept as eight_bits."""
+    return leaf.ndim < 2 if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating) else None
+
+
 def rounded(tree):
-    """`tree` with its numbers rounded to float16, as a checkpoint with half=True keeps them."""
-    return cast(cast(tree, jnp.float16), jnp.float32)
+    """`tree` with its numbers as a checkpoint with small=True keeps them."""
+    def change(leaf):
+        small = _is_small(leaf)
+        if small is None:
+            return leaf
+        return jnp.float32(np.asarray(leaf).astype(np.float16) if small else math.prod(eight_bits(leaf)))
+    return jax.tree.map(change, tree)
 
 
 @first_host_only
-def save_checkpoint(path, header, tree, half=False):
+def save_checkpoint(path, header, tree, small=False):
     """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`.
 
-    `half`: weights as float16, half the size. Loaded again they are `rounded(tree)`.
+    `small`: matrices in eight bits, vectors as float16, a quarter of the size. Loaded again they are `rounded(tree)`.
     """
     leaves = io.BytesIO()
-    tree = cast(jax.device_get(tree), jnp.float16) if half else tree           # NumPy's: this host may not compute alone
-    eqx.tree_serialise_leaves(leaves, tree, filter_spec=_save_leaf)
-    header = plain({"format": FORMAT, "half": half} | header | {"versions": versions()})
+    eqx.tree_serialise_leaves(leaves, jax.device_get(tree), filter_spec=_save_small_leaf if small else _save_leaf)
+    header = plain({"format": FORMAT, "small": small} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
     with write_atomic(path) as temporary:
         temporary.write_bytes(line.encode() + b"\n" + leaves.getvalue())
@@ -310,14 +326,14 @@ def load_checkpoint(path, like, script=None, detector=None):
     arrays than `like`.
     """
     header, leaves = _read_checkpoint(path, script, detector)
-    stream, half = io.BytesIO(leaves), header.get("half", False)
+    stream = io.BytesIO(leaves)
     try:
-        tree = eqx.tree_deserialise_leaves(stream, cast(like, jnp.float16) if half else like, filter_spec=_load_leaf)
+        tree = eqx.tree_deserialise_leaves(stream, like, filter_spec=_load_small_leaf if header.get("small") else _load_leaf)
     except RuntimeError as error:
         raise UserError(f"{path}: holds other arrays than this model and these flags expect: {error}") from error
     if stream.read(1):
         raise UserError(f"{path}: holds more arrays than this model and these flags expect")
-    return header, cast(tree, jnp.float32) if half else tree
+    return header, tree
 
 
 def resume(path, header, like):
@@ -366,6 +382,24 @@ def _load_leaf(file, leaf):
     if _is_key(leaf):
         return jax.random.wrap_key_data(jnp.load(file), impl=jax.random.key_impl(leaf))
     return eqx.default_deserialise_filter_spec(file, leaf)
+
+
+def _save_small_leaf(file, leaf):
+    small = _is_small(leaf)
+    if small is None:
+        return _save_leaf(file, leaf)
+    for array in (np.asarray(leaf).astype(np.float16),) if small else eight_bits(leaf):
+        np.save(file, array)
+
+
+def _load_small_leaf(file, leaf):
+    small = _is_small(leaf)
+    if small is None:
+        return _load_leaf(file, leaf)
+    found = np.load(file) if small else math.prod((np.load(file), np.load(file)))
+    if found.shape != leaf.shape:
+        raise RuntimeError(f"an array of shape {found.shape}, expected {leaf.shape}")
+    return jnp.float32(found)
 
 
 # ----------------------------------------------------------------------------------------------------------- plots

@@ -863,12 +863,12 @@ def conditions(particles, scaler):
 
 
 def save_model(args, flags, scaler, times, net):
-    """Write model.eqx into the run folder, a checkpoint of half precision for `read_model`; returns the network as it is there.
+    """Write model.eqx into the run folder, a small checkpoint for `read_model`; returns the network as it is there.
 
     `flags`: those that decided the training; `times`: what the Logbook found."""
     header = {"script": args.script, "detector": args.detector, "flags": flags, "scaler": scaler._asdict(),
               "parameters": common.count_parameters(net), "scores": times}
-    common.save_checkpoint(args.run / "model.eqx", header, net, half=True)
+    common.save_checkpoint(args.run / "model.eqx", header, net, small=True)
     return common.rounded(net)
 
 

@@ -73,17 +73,25 @@ def test_checkpoint_loads_into_shapes_alone(tmp_path):
     assert_equal_bits(common.load_checkpoint(tmp_path / "a.eqx", eqx.filter_eval_shape(model))[1], model(3))
 
 
-def test_half_checkpoint(tmp_path):
-    """float16 in the file, float32 in memory, rounded once: what cast gives, and smaller."""
-    tree = {"net": model(3), "count": np.arange(3), "step": 4}
-    rounded = tree | {"net": jax.tree.map(lambda a: jnp.float32(np.asarray(a).astype(np.float16)) if eqx.is_array(a) else a, tree["net"])}
-    for name, half in (("half", True), ("full", False)):
-        common.save_checkpoint(tmp_path / name, {}, tree | {"large": jnp.ones(1000)}, half=half)
-    sizes = [(tmp_path / name).stat().st_size for name in ("half", "full")]
-    assert sizes[1] - sizes[0] == pytest.approx(2 * (1000 + common.count_parameters(model())), abs=20)   # the checksum's digits
-    like = tree | {"net": eqx.filter_eval_shape(model), "large": jnp.zeros(1000)}
-    assert_equal_bits(common.load_checkpoint(tmp_path / "half", like)[1], rounded | {"large": jnp.ones(1000)})
-    assert_equal_bits(common.rounded(tree), rounded)
+def test_small_checkpoint(tmp_path):
+    """Eight bits a weight, float16 for vectors, float32 in memory; rounded once, each row to its own 255 levels."""
+    tree = {"net": model(3), "large": jax.random.normal(jax.random.key(0), (40, 50, 60)), "dark": jnp.zeros((2, 3)),
+            "count": np.arange(3), "step": 4}
+    for name, small in (("small", True), ("full", False)):
+        common.save_checkpoint(tmp_path / name, {}, tree, small=small)
+    assert (tmp_path / "small").stat().st_size < 0.3 * (tmp_path / "full").stat().st_size
+    like = tree | {"net": eqx.filter_eval_shape(model), "large": jnp.zeros((40, 50, 60))}
+    loaded = common.load_checkpoint(tmp_path / "small", like)[1]
+    assert_equal_bits(loaded, common.rounded(tree))
+    for exact, found in zip(jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)), jax.tree.leaves(eqx.filter(loaded, eqx.is_inexact_array))):
+        if exact.ndim < 2:
+            assert np.array_equal(found, np.float16(exact).astype(np.float32))
+        else:                                                                  # half a level of the row
+            assert (np.abs(found - exact) <= np.abs(exact).max(-1, keepdims=True) / 127 / 2 * 1.00001).all()
+            assert np.allclose(np.abs(found).max(-1), np.abs(exact).max(-1), rtol=1e-6)
+    assert loaded["step"] == 4 and np.array_equal(loaded["count"], tree["count"])
+    with pytest.raises(UserError, match="holds other arrays"):
+        common.load_checkpoint(tmp_path / "small", like | {"large": jnp.zeros((40, 60, 50))})
 
 
 def test_checkpoint_holds_scaler_and_paths(tmp_path):
