@@ -2,7 +2,9 @@
 degree calorimeter responses with generative neural networks", its Table 6).
 
 A generator G makes a response of a particle c and random numbers z, a critic D tells it from a real one (Eq. 3, non-saturating):
-    L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c)) + r1 / 2 |dD(x, c) / dx|^2         L_G = softplus(-D(G(c, z), c))
+    L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c))                          L_G = softplus(-D(G(c, z), c))
+What keeps the two together: by default D compares a real and a made response of the same particle (`--loss relativistic`,
+Jolicoeur-Martineau 2019), its gradients at both are penalised (R1 and R2), and G starts from the likelihood of the counts.
 Variants add to L_G:
     --l2 W     W |G(c, z) - x|^2, mean over fibres (Isola et al. 2017)
     --sdi W    W f_div(c) |z_1 - z_2| / |D_e(G(c, z_1)) - D_e(G(c, z_2))|                 (Eq. 4: SDI-GAN)
@@ -10,8 +12,8 @@ Variants add to L_G:
     --aux W    W |A(G(c, z)) - A's target|^2, A pretrained to find the peak of a response
     --post     a factor for all counts, fitted to W on training rows
 
-Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as fm.py, and a count is drawn from it; its gradient
-goes straight through the rounding. `--counts round` is the papers' way: log responses, rounded at the end.
+Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as fm.py, and a count is drawn from it; the gradient
+is that of a softened count. `--counts round` is the papers' way: log responses, rounded at the end.
 
     python gan.py --detector zn                                       on 60 000 rows of the open data
     python gan.py --detector zn --table                               the six rows of paper 000, Table 6
@@ -34,7 +36,8 @@ from common import UserError
 
 NOISE = 10   # numbers into the generator, as many as ALICE O2 feeds its networks
 SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 2, 64   # fibres of a patch, channels, transformer blocks, numbers of the penultimate layer
-TERMS = "l2", "sdi", "aux"
+PEAK_STEPS = 2000   # small batches that the peak finder learns from
+SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n), in the gradient alone [validation rows]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -52,7 +55,12 @@ def flags():
     parser.add_argument("--sdi", type=weight, default=0.0, metavar="WEIGHT", help="of the diversity term, Eq. 4 (default: 0)")
     parser.add_argument("--aux", type=weight, default=0.0, metavar="WEIGHT", help="of the auxiliary regressor (default: 0)")
     parser.add_argument("--post", action="store_true", help="fit a factor for all counts on training rows")
-    parser.add_argument("--r1", type=weight, default=0.1, metavar="WEIGHT", help="of the critic's gradient penalty (default: 0.1)")
+    parser.add_argument("--loss", choices=("plain", "relativistic"), default="relativistic",
+                        help="Eq. 3, or of pairs of a real and a made response of one particle (default: relativistic)")
+    parser.add_argument("--penalty", type=weight, default=10.0, metavar="WEIGHT",
+                        help="of the squared gradients of the critic, R1 and R2 (default: 10)")
+    parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
+                        help="of the generator alone on the likelihood of the counts, before all others (default: 500)")
     parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
                         help="learning rate of the critic, times --lr (default: 2)")
     parser.add_argument("--balance", action="store_true", help="show rare particle types more often")
@@ -232,8 +240,8 @@ class Generator(eqx.Module):
 
 
 class Critic(eqx.Module):
-    """(picture, c) -> how real it looks (), and the penultimate layer (EMBEDDING,): a vision transformer on the patches, with the
-    light around the places where the particle may hit."""
+    """(picture, c) -> how real it looks (), and the penultimate layer (EMBEDDING,): a vision transformer on the patches and their
+    sums, with the light around the places where the particle may hit and of all fibres."""
     patches: eqx.nn.Linear
     position: jax.Array
     blocks: list
@@ -247,20 +255,22 @@ class Critic(eqx.Module):
         self.detector = data.DETECTORS[args.detector]
         bumps = vicinity(jnp.zeros(conditions), self.detector, SIZE)[1]
         known = conditions + len(waves(np.zeros(conditions)))
-        self.patches = linear(next(keys), SIZE**2, WIDTH)
+        self.patches = linear(next(keys), SIZE**2 + 1, WIDTH)
         self.position = 0.1 * jax.random.normal(next(keys), (len(bumps), WIDTH))
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
         self.known = Perceptron(known, 128, 128, next(keys))
-        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 128, EMBEDDING)
+        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 1 + 128, EMBEDDING)
         self.out = linear(next(keys), EMBEDDING, 1)
 
     def __call__(self, x, c):
         known = self.known(jnp.concatenate([c, waves(c)]))
         patches, bumps = common.cast((to_patches(x, SIZE), vicinity(c, self.detector, SIZE)[1]), known.dtype)
-        h = apply(self.patches, patches) + self.position                                              # (P, WIDTH)
+        sums = jnp.sum(patches**2, axis=1)                                     # photons, if the picture is of roots
+        h = apply(self.patches, jnp.column_stack([patches, jnp.log1p(sums)])) + self.position         # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
-        embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), light(bumps, patches), known])))
+        light_and_sum = jnp.append(light(bumps, patches), jnp.log1p(sums.sum()))
+        embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), light_and_sum, known])))
         return self.out(embedding)[0], embedding
 
 
@@ -300,6 +310,16 @@ def picture(counts, how):
     return jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
 
 
+# same as fm.py: count_loss
+def count_loss(counts, location, scale):
+    """-log P(n) per fibre, P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)) with F the logistic distribution; P(0) = F(sqrt 2)."""
+    upper = (2 * jnp.sqrt(counts + 0.5) - location) / scale
+    lower = (2 * jnp.sqrt(jnp.maximum(counts - 0.5, 0)) - location) / scale
+    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel
+    lit = jax.nn.softplus(lower) - jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
+    return jax.nn.softplus(-upper) + jnp.where(counts > 0, lit, 0.0)
+
+
 # same as fm.py: draw_counts
 def draw_counts(location, scale, key):
     """Photon counts from the distribution of count_loss, by inversion."""
@@ -309,13 +329,17 @@ def draw_counts(location, scale, key):
 
 
 def draw_picture(maps, key, args):
-    """A picture (H, W) from the generator's maps. Drawn counts are whole; the gradient passes as if they were not rounded."""
+    """A picture (H, W) from the generator's maps. Drawn counts are whole; the gradient is that of a softened root of a count: half
+    of x, with a soft step from 0 to 1 photon. Straight through the rounding, the many dark fibres, which no small change makes
+    bright, would outweigh all others."""
     if args.counts == "round":
         return maps[0]
     u = jax.random.uniform(key, maps[0].shape, minval=1e-6, maxval=1 - 1e-6)
     x = maps[0] + jnp.exp(jnp.clip(maps[1], -4, 3)) * jnp.log(u / (1 - u))     # on the axis 2 sqrt(n), as draw_counts
     exact = jnp.sqrt(jnp.floor(jnp.square(jnp.maximum(x, 0) / 2) + 0.5))
-    return x / 2 + jax.lax.stop_gradient(exact - x / 2)
+    over = (x - 2**0.5) / SOFTNESS                                             # where 0 photons become 1
+    soft = SOFTNESS * jax.nn.softplus(over) / 2 + (1 - 0.5**0.5) * jax.nn.sigmoid(over)
+    return soft + jax.lax.stop_gradient(exact - soft)
 
 
 def diversity_term(embeddings, others, noise, other_noise, spread):
@@ -347,7 +371,9 @@ def batch_loss(net, counts, c, key, args):
     made = generate(noise, keys[1])
     judge = lambda critic, x: jax.vmap(critic)(x, c)
     fooled, embeddings = judge(frozen(net.critic), made)
-    loss = jax.nn.softplus(-fooled.astype(jnp.float32)).mean()                 # Eq. 3, non-saturating
+    real, fake = (judge(net.critic, x)[0].astype(jnp.float32) for x in (x, frozen(made)))
+    rival = frozen(real) if args.loss == "relativistic" else 0.0
+    loss = jax.nn.softplus(rival - fooled.astype(jnp.float32)).mean()          # Eq. 3, non-saturating
     parts = {"generator": loss}
     if args.l2:
         parts["l2"] = jnp.mean(jnp.square(made - x))
@@ -360,12 +386,14 @@ def batch_loss(net, counts, c, key, args):
     if args.aux:
         parts["aux"] = jnp.mean(jnp.square(jax.vmap(frozen(net.finder))(made) - jax.vmap(frozen(net.finder))(x)))
         loss += args.aux * parts["aux"]
-    real, fake = (judge(net.critic, x)[0].astype(jnp.float32) for x in (x, frozen(made)))
-    parts["critic"] = jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean()                    # Eq. 3
-    if args.r1:
-        slope = jax.vmap(jax.grad(lambda x, c: net.critic(x, c)[0]))(x, c)     # Mescheder et al. 2018, Eq. 9
-        parts["r1"] = jnp.sum(slope**2, axis=(1, 2)).mean()
-        loss += args.r1 / 2 * parts["r1"]
+    parts["critic"] = (jax.nn.softplus(fake - real) if args.loss == "relativistic"
+                       else jax.nn.softplus(-real) + jax.nn.softplus(fake)).mean()                    # Eq. 3
+    if args.penalty:
+        few = slice(max(size // 8, 1))                                         # of the batch: second derivatives are slow
+        slope = jax.vmap(jax.grad(lambda x, c: net.critic(x, c)[0]))(jnp.concatenate([x[few], frozen(made)[few]]),
+                                                                     jnp.concatenate([c[few], c[few]]))
+        parts["slope"] = jnp.sum(slope**2, axis=(1, 2)).mean()
+        loss += args.penalty * parts["slope"]                                  # R1 / 2 + R2 / 2: Mescheder et al. 2018, Eq. 9 and 10
     # not trained on, but looked at: can the critic still tell, do responses still differ?
     parts["critic AUC"] = jnp.mean(frozen(real)[:, None] > frozen(fake))
     parts["spread of sums"] = jnp.std(frozen(made).sum((1, 2))) / (jnp.std(x.sum((1, 2))) + 1e-6)
@@ -473,24 +501,43 @@ def balanced(rows, pdg, rng):
     return rng.choice(rows, len(rows), p=chance / chance.sum())
 
 
-def find_peaks(args, dataset, rows, steps=2000):
-    """A PeakFinder trained on responses of the given rows, `steps` small batches."""
-    net = PeakFinder(args, 0, jax.random.key(args.seed))
-    optimiser, rng = optax.adam(1e-3), np.random.default_rng(args.seed)
+def fit(args, net, error, dataset, conditions, rows, steps, label):
+    """`net` after `steps` small batches of the given rows on error(net, counts (B, H, W), c (B, C), key)."""
+    optimiser, rng = optax.chain(optax.clip_by_global_norm(args.clip), optax.adam(1e-3)), np.random.default_rng(args.seed)
     state = optimiser.init(eqx.filter(net, eqx.is_inexact_array))
 
     @eqx.filter_jit
-    def step(net, state, counts):
-        x = picture(counts.astype(jnp.float32), args.counts)
-        error = lambda net: jnp.mean(jnp.square(jax.vmap(net)(x) - jax.vmap(peak)(x)))
-        loss, gradient = eqx.filter_value_and_grad(error)(net)
+    def step(net, state, counts, c, key):
+        loss, gradient = eqx.filter_value_and_grad(error)(net, counts.astype(jnp.float32), c, key)
         updates, state = optimiser.update(gradient, state)
         return eqx.apply_updates(net, updates), state, loss
 
-    for _ in common.progress(steps, "peak finder", args.quiet):
-        net, state, loss = step(net, state, dataset.responses[np.sort(rng.choice(rows, min(64, len(rows)), replace=False))])
-    print(f"peak finder: root mean square error {float(loss)**0.5:.3f} of half the detector")
+    for number in common.progress(steps, label, args.quiet):
+        batch = np.sort(rng.choice(rows, min(args.batch_size, len(rows)), replace=False))
+        net, state, loss = step(net, state, dataset.responses[batch], conditions[batch], jax.random.key(number))
+    print(f"{label}: {steps} steps, loss {float(loss):.3f}")
     return net
+
+
+def begin(args, net, dataset, conditions, rows):
+    """The Adversaries as the training finds them: the generator on the likelihood of the counts (or the mean response), whatever
+    the noise, for --warm steps; the peak finder on the places of the peaks."""
+    def likelihood(generator, counts, c, key):
+        maps = jax.vmap(generator)(c, jax.random.normal(key, (len(c), NOISE)))
+        if args.counts == "round":
+            return jnp.mean(jnp.square(maps[:, 0] - picture(counts, args.counts)))
+        return count_loss(counts, maps[:, 0], jnp.exp(jnp.clip(maps[:, 1], -4, 3))).mean()
+
+    def misplaced(finder, counts, c, key):
+        x = picture(counts, args.counts)
+        return jnp.mean(jnp.square(jax.vmap(finder)(x) - jax.vmap(peak)(x)))
+
+    fitted = {}
+    if args.warm:
+        fitted["generator"] = fit(args, net.generator, likelihood, dataset, conditions, rows, args.warm, "generator")
+    if args.aux:
+        fitted["finder"] = fit(args, net.finder, misplaced, dataset, conditions, rows, PEAK_STEPS, "peak finder")
+    return eqx.tree_at(lambda net: [getattr(net, name) for name in fitted], net, list(fitted.values()))
 
 
 def train(args, dataset, rows, scaler):
@@ -509,8 +556,8 @@ def train(args, dataset, rows, scaler):
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
     net = Adversaries(args, conditions.shape[1] - 1, model_key)
-    if args.aux:
-        net = eqx.tree_at(lambda net: net.finder, net, find_peaks(args, dataset, rows))
+    if not args.resume:                                                        # else a state holds it all
+        net = begin(args, net, dataset, conditions[:, :-1], rows)
     ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
     state = State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
     header = {"script": args.script, "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
@@ -548,7 +595,7 @@ def fit_factor(args, net, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "r1", "critic_lr", "balance")
+    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "loss", "penalty", "warm", "critic_lr", "balance")
 
 
 def make_network(args, conditions, key):

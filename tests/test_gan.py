@@ -16,7 +16,7 @@ import tiny
 from common import UserError
 
 KEY = jax.random.key(0)
-FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--quiet"]
+FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--warm", "3", "--quiet"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +25,7 @@ def shrunk():
         tiny.shrink(patch.setattr)
         patch.setattr(gan, "WIDTH", 8)
         patch.setattr(gan, "BLOCKS", 1)
+        patch.setattr(gan, "PEAK_STEPS", 3)
         yield
 
 
@@ -82,19 +83,29 @@ def test_peak(shape):
 
 
 def test_drawn_pictures_hold_whole_counts_and_pass_the_gradient():
+    """Counts as draw_counts makes them; the gradient against differences of a softened count."""
     args = arguments()
     maps = jnp.stack([jnp.linspace(-3, 20, 1936).reshape(44, 44), jnp.full((44, 44), -0.5)])
     made = gan.draw_picture(maps, KEY, args)
     np.testing.assert_allclose(made**2, np.round(made**2), atol=1e-3)
-    u = jax.random.uniform(KEY, (44, 44), minval=1e-6, maxval=1 - 1e-6)
-    expected = np.floor(np.maximum(maps[0] + np.exp(-0.5) * np.log(u / (1 - u)), 0)**2 / 4 + 0.5)
+    u = np.float64(jax.random.uniform(KEY, (44, 44), minval=1e-6, maxval=1 - 1e-6))
+    draw = lambda location, log_scale: location + np.exp(log_scale) * np.log(u / (1 - u))
+    expected = np.floor(np.maximum(draw(*np.float64(maps)), 0)**2 / 4 + 0.5)
     assert (np.round(made**2) == expected).mean() > 0.999
+
+    def soft(location, log_scale):                                             # a slope of 1/2 above sqrt 2, and a step up to 1 there
+        over = (draw(location, log_scale) - np.sqrt(2)) / gan.SOFTNESS
+        return gan.SOFTNESS * np.log1p(np.exp(over)) / 2 + (1 - np.sqrt(0.5)) / (1 + np.exp(-over))
     slope = jax.grad(lambda maps: gan.draw_picture(maps, KEY, args).sum())(maps)
-    np.testing.assert_allclose(slope[0], 0.5)                                  # also where no photon fell
-    np.testing.assert_allclose(slope[1], 0.5 * np.exp(-0.5) * np.log(u / (1 - u)), rtol=1e-4, atol=1e-5)
+    location, log_scale = np.float64(maps)
+    np.testing.assert_allclose(slope[0], (soft(location + 1e-4, log_scale) - soft(location - 1e-4, log_scale)) / 2e-4, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(slope[1], (soft(location, log_scale + 1e-4) - soft(location, log_scale - 1e-4)) / 2e-4, rtol=1e-2, atol=1e-3)
+    bright = draw(location, log_scale) > 4
+    np.testing.assert_allclose(slope[0][bright], 0.5, atol=1e-2)
+    assert np.abs(slope[0][draw(location, log_scale) < -1]).max() < 1e-2       # a dark fibre stays out of it
 
 
-@pytest.mark.parametrize("flags", [(), ("--l2", 1), ("--sdi", 1), ("--aux", 1), ("--r1", 0)])
+@pytest.mark.parametrize("flags", [("--loss", "plain"), (), ("--l2", 1), ("--sdi", 1), ("--aux", 1), ("--penalty", 0)])
 def test_adversaries_learn_from_their_own_terms(flags):
     """The critic from its loss alone, whatever the generator's; neither touches the peak finder, which `aux` needs."""
     args = arguments(*flags)
@@ -106,14 +117,45 @@ def test_adversaries_learn_from_their_own_terms(flags):
     made = jax.vmap(lambda maps, key: gan.draw_picture(maps, key, args))(maps, jax.random.split(key, 6))
     x = jnp.sqrt(jnp.float32(counts))
 
-    def critic_loss(critic):                                                   # Eq. 3 with plain logarithms
-        real, fake = (jax.nn.sigmoid(jax.vmap(critic)(x, c[:, :-1])[0]) for x in (x, made))
-        penalty = jax.vmap(jax.grad(lambda x, c: critic(x, c)[0]))(x, c[:, :-1])
-        return -jnp.log(real).mean() - jnp.log(1 - fake).mean() + args.r1 / 2 * jnp.sum(penalty**2) / 6
+    def critic_loss(critic):                                                   # plain logarithms; penalties of the first row
+        real, fake = (jax.vmap(critic)(x, c[:, :-1])[0] for x in (x, made))
+        slopes = [jax.grad(lambda x: critic(x, c[0, :-1])[0])(x[0]) for x in (x, made)]
+        won = [jax.nn.sigmoid(real), jax.nn.sigmoid(-fake)] if args.loss == "plain" else [jax.nn.sigmoid(real - fake)]
+        return -sum(jnp.log(w).mean() for w in won) + args.penalty / 2 * sum(jnp.sum(slope**2) for slope in slopes)
     expected = eqx.filter_grad(critic_loss)(net.critic)
     for a, b in zip(jax.tree.leaves(found.critic), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5)
     assert moved(found.generator) and not moved(found.finder)
+
+
+@pytest.mark.parametrize("loss", ["plain", "relativistic"])
+def test_generator_loss(loss):
+    args = arguments("--loss", loss)
+    net = gan.Adversaries(args, 14, KEY)
+    counts, c = batch()
+    parts = gan.batch_loss(net, counts, c, KEY, args)[1]
+    keys = jax.random.split(KEY, 4)
+    maps = jax.vmap(net.generator)(c[:, :-1], jax.random.normal(keys[0], (6, gan.NOISE)))
+    made = jax.vmap(lambda maps, key: gan.draw_picture(maps, key, args))(maps, jax.random.split(keys[1], 6))
+    real, fake = (np.float64(jax.vmap(net.critic)(x, c[:, :-1])[0]) for x in (jnp.sqrt(jnp.float32(counts)), made))
+    chance = 1 / (1 + np.exp((real if loss == "relativistic" else 0) - fake))  # that the made one is taken for real
+    assert parts["generator"] == pytest.approx(-np.log(chance).mean(), rel=1e-4)
+
+
+def test_the_generator_begins_at_the_likelihood():
+    """Light where the data have it, before the critic says anything; a finder that finds, and nothing without flags."""
+    dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
+    conditions = data.conditions(dataset.particles, data.fit_conditions(dataset.particles, "physics"))
+    args = arguments("--warm", 60, "--aux", 1, "--batch-size", 32)
+    net = gan.Adversaries(args, 14, KEY)
+    lit = lambda net: float((gan.draw_picture(net.generator(jnp.asarray(conditions[0]), jnp.zeros(gan.NOISE)), KEY, args) > 0).mean())
+    begun = gan.begin(args, net, dataset, conditions, rows)
+    truth = (dataset.responses > 0).mean()
+    assert abs(lit(begun) - truth) < 0.5 * abs(lit(net) - truth)
+    assert eqx.tree_equal(begun.critic, net.critic) and not eqx.tree_equal(begun.finder, net.finder)
+    none = arguments("--warm", 0)
+    net = gan.Adversaries(none, 14, KEY)
+    assert eqx.tree_equal(gan.begin(none, net, dataset, conditions, rows), net)
 
 
 @pytest.mark.parametrize("term", ["l2", "sdi", "aux"])
@@ -165,7 +207,7 @@ def test_shapes(detector, flags, conditions):
     net = eqx.filter_eval_shape(gan.Adversaries, args, conditions, KEY)
     loss, parts = eqx.filter_eval_shape(lambda net: gan.batch_loss(net, np.zeros((4, *shape), np.uint16), np.zeros((4, conditions + 1)), KEY,
                                                                    args), net)
-    assert loss.shape == () and {"generator", "critic", "r1", "critic AUC", "spread of sums"} <= parts.keys()
+    assert loss.shape == () and {"generator", "critic", "slope", "critic AUC", "spread of sums"} <= parts.keys()
     made = eqx.filter_eval_shape(gan.make_network, args, conditions, KEY)
     counts = eqx.filter_eval_shape(lambda net: gan.to_counts(gan.decode_new(net, jnp.zeros((4, conditions)), KEY, args), KEY, args), made)
     assert counts.shape == (4, *shape) and counts.dtype == jnp.uint16
@@ -200,10 +242,8 @@ def test_generated_file(trained, tmp_path):
     assert data.load(tmp_path / "out.h5", "zn").responses.shape == (100, 44, 44)
 
 
-@pytest.mark.parametrize("flags", [("--sdi", "0.1", "--aux", "1", "--l2", "1", "--balance"), ("--counts", "round", "--detector", "zp", "--r1", "0")])
-def test_every_kind_of_run(flags, tmp_path, monkeypatch):
-    find_peaks = gan.find_peaks
-    monkeypatch.setattr(gan, "find_peaks", lambda *args: find_peaks(*args, steps=3))
+@pytest.mark.parametrize("flags", [("--sdi", "0.1", "--aux", "1", "--l2", "1", "--balance"), ("--counts", "round", "--detector", "zp", "--penalty", "0", "--loss", "plain", "--warm", "0")])
+def test_every_kind_of_run(flags, tmp_path):
     result = gan.main([*FLAGS, *flags, "--run", str(tmp_path)])
     assert np.isfinite(result["seen"]["W"]["value"])
 
