@@ -35,7 +35,7 @@ import metrics
 from common import UserError
 
 NOISE = 10   # numbers into the generator, as many as ALICE O2 feeds its networks
-SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 2, 64   # fibres of a patch, channels, transformer blocks, numbers of the penultimate layer
+SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 1, 64   # fibres of a patch, channels, transformer blocks, numbers of the penultimate layer
 PEAK_STEPS = 2000   # small batches that the peak finder learns from
 SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n), in the gradient alone [validation rows]
 
@@ -45,7 +45,7 @@ SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n), in the 
 def flags():
     """The command line."""
     shared = tuple(name for name in common.FLAGS if name != "steps")           # one pass: there are no steps to choose
-    parser = common.parser(__doc__, "gan", flags=shared, n=60_000, epochs=12, lr=5e-4)
+    parser = common.parser(__doc__, "gan", flags=shared, n=60_000, epochs=12, lr=5e-4, batch_size=128)
     parser.add_argument("--counts", choices=("sample", "round"), default="sample",
                         help="how numbers become photons: drawn from each fibre's distribution, or rounded log1p "
                              "(default: sample)")
@@ -57,8 +57,8 @@ def flags():
     parser.add_argument("--post", action="store_true", help="fit a factor for all counts on training rows")
     parser.add_argument("--loss", choices=("plain", "relativistic"), default="relativistic",
                         help="Eq. 3, or of pairs of a real and a made response of one particle (default: relativistic)")
-    parser.add_argument("--penalty", type=weight, default=10.0, metavar="WEIGHT",
-                        help="of the squared gradients of the critic, R1 and R2 (default: 10)")
+    parser.add_argument("--penalty", type=weight, default=3.0, metavar="WEIGHT",
+                        help="of the squared gradients of the critic, R1 and R2 (default: 3)")
     parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
                         help="of the generator alone on the likelihood of the counts, before all others (default: 500)")
     parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
@@ -241,7 +241,7 @@ class Generator(eqx.Module):
 
 class Critic(eqx.Module):
     """(picture, c) -> how real it looks (), and the penultimate layer (EMBEDDING,): a vision transformer on the patches and their
-    sums, with the light around the places where the particle may hit and of all fibres."""
+    photons, roots of photons and lit fibres, with the light around the places where the particle may hit."""
     patches: eqx.nn.Linear
     position: jax.Array
     blocks: list
@@ -255,22 +255,22 @@ class Critic(eqx.Module):
         self.detector = data.DETECTORS[args.detector]
         bumps = vicinity(jnp.zeros(conditions), self.detector, SIZE)[1]
         known = conditions + len(waves(np.zeros(conditions)))
-        self.patches = linear(next(keys), SIZE**2 + 1, WIDTH)
+        self.patches = linear(next(keys), SIZE**2 + 3, WIDTH)
         self.position = 0.1 * jax.random.normal(next(keys), (len(bumps), WIDTH))
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
         self.known = Perceptron(known, 128, 128, next(keys))
-        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 1 + 128, EMBEDDING)
+        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 3 + 128, EMBEDDING)
         self.out = linear(next(keys), EMBEDDING, 1)
 
     def __call__(self, x, c):
         known = self.known(jnp.concatenate([c, waves(c)]))
         patches, bumps = common.cast((to_patches(x, SIZE), vicinity(c, self.detector, SIZE)[1]), known.dtype)
-        sums = jnp.sum(patches**2, axis=1)                                     # photons, if the picture is of roots
-        h = apply(self.patches, jnp.column_stack([patches, jnp.log1p(sums)])) + self.position         # (P, WIDTH)
+        sums = jnp.stack([patches**2, patches, jnp.minimum(patches, 1)]).sum(2).T                     # (P, 3)
+        h = apply(self.patches, jnp.concatenate([patches, jnp.log1p(sums)], axis=1)) + self.position  # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
-        light_and_sum = jnp.append(light(bumps, patches), jnp.log1p(sums.sum()))
-        embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), light_and_sum, known])))
+        whole = jnp.concatenate([light(bumps, patches), jnp.log1p(sums.sum(0)), known])
+        embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), whole])))
         return self.out(embedding)[0], embedding
 
 

@@ -49,8 +49,8 @@ def counts(root):
 
 
 def sweep(root):
-    head = ("model", "detector", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
-    return markdown(head, [(r["script"], r["detector"].upper(), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
+    head = ("model", "detector", "sampler", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
+    return markdown(head, [(r["script"], r["detector"].upper(), p.get("label", "-"), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
                             f"{p['ms_per_response']:.3f}") for r in read(root / "results", "*-sweep-*.json") for p in r["points"]])
 
 
@@ -107,7 +107,30 @@ def autoencoders(root):
                    for r in read(root / "results", "vae-table-*.json"))
 
 
-TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, counts, sweep, compare, check, channels)}
+def adversaries(root):
+    """The models of paper 000, Table 6."""
+    kinds = lambda r: [key for key in r["oracle"] if key.startswith("dispersion_")]
+    return "".join(markdown(("model", "postprocessing", "published W", "MAE", "W", "R", "MAE", "RMSE",
+                             *(f"dispersion, {key.removeprefix('dispersion_')}" for key in kinds(r)), "factor", "training, min"),
+                            [(row["model"], "yes" if row["post"] else "no", f"{row['paper_W']:.2f}", f"{row['paper_MAE']:.2f}",
+                              *(number(row[name], ".2f") for name in ("W", "R", "MAE", "RMSE")), *(f"{row[key]:.3f}" for key in kinds(r)),
+                              f"{row['factor']:.2f}", f"{row['seconds'] / 60:.1f}") for row in r["table"]])
+                   + f"\nOracle: W {r['oracle']['W']:.2f}, MAE {r['oracle']['MAE']:.2f}, dispersion "
+                   + ", ".join(f"{r['oracle'][key]:.3f}" for key in kinds(r)) + f"; {r['rows']['test']} test rows; `{r['command']}`\n"
+                   for r in read(root / "results", "gan-table-*.json"))
+
+
+def stabilisers(root):
+    """gan.py without one of the things that keep its two networks together."""
+    head = ("changed", "detector", *SCORE_HEAD, "unseen R", "training, min", "command")
+    names = "loss", "penalty", "warm", "critic_lr", "ema", "balance"
+    runs = read(root / "results", "gan-stabiliser-*.json")
+    changed = lambda r: ", ".join(f"{name} {r['flags'][name]}" for name in names if r["flags"][name] != runs[0]["flags"][name]) or "nothing"
+    return markdown(head, [(changed(r), r["detector"].upper(), *score_cells(r, "seen"), number(r["unseen"]["W"]["R"], ".2f"),
+                            number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`") for r in runs])
+
+
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, stabilisers, counts, sweep, compare, check, channels)}
 
 
 def marked(name):

@@ -270,8 +270,9 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
 
 def test_sweep(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SWEEP", (1, 2))
+    monkeypatch.setattr(diffusion, "FEW", (1, 2))
     found = diffusion.main(["--load", str(trained[0] / "model.eqx"), "--sweep", "--steps", "2", "--quiet", "--run", str(tmp_path)])
     assert [(point["label"], point["steps"]) for point in found["points"]] == [
-        ("ddim, eta 0", 1), ("ddim, eta 0", 2), ("ddim, eta 0.7", 1), ("ddim, eta 0.7", 2), ("dpm", 1), ("dpm", 2),
+        ("ddim, eta 0.7", 1), ("ddim, eta 0.7", 2), ("ddim, eta 0", 1), ("ddim, eta 0", 2), ("dpm", 1), ("dpm", 2),
         ("ddim, eta 0.3", 2), ("ddim, eta 0.5", 2), ("ddim, eta 0.85", 2), ("ddim, eta 1", 2)]
     assert (tmp_path / "sweep.png").exists()
