@@ -4,7 +4,8 @@ degree calorimeter responses with generative neural networks", its Table 6).
 A generator G makes a response of a particle c and random numbers z, a critic D tells it from a real one (Eq. 3, non-saturating):
     L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c))                          L_G = softplus(-D(G(c, z), c))
 What keeps the two together: by default D compares a real and a made response of the same particle (`--loss relativistic`,
-Jolicoeur-Martineau 2019), its gradients at both are penalised (R1 and R2), and G starts from the likelihood of the counts.
+Jolicoeur-Martineau 2019), its gradients at both are penalised (R1 and R2), and G starts from the likelihood of the counts, which
+stays as a weak term that holds single fibres in place (--anchor).
 Variants add to L_G:
     --l2 W     W |G(c, z) - x|^2, mean over fibres (Isola et al. 2017)
     --sdi W    W f_div(c) |z_1 - z_2| / |D_e(G(c, z_1)) - D_e(G(c, z_2))|                 (Eq. 4: SDI-GAN)
@@ -45,7 +46,7 @@ SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n), in the 
 def flags():
     """The command line."""
     shared = tuple(name for name in common.FLAGS if name != "steps")           # one pass: there are no steps to choose
-    parser = common.parser(__doc__, "gan", flags=shared, n=60_000, epochs=12, lr=5e-4, batch_size=128)
+    parser = common.parser(__doc__, "gan", flags=shared, n=60_000, epochs=10, lr=5e-4, batch_size=128)
     parser.add_argument("--counts", choices=("sample", "round"), default="sample",
                         help="how numbers become photons: drawn from each fibre's distribution, or rounded log1p "
                              "(default: sample)")
@@ -57,10 +58,12 @@ def flags():
     parser.add_argument("--post", action="store_true", help="fit a factor for all counts on training rows")
     parser.add_argument("--loss", choices=("plain", "relativistic"), default="relativistic",
                         help="Eq. 3, or of pairs of a real and a made response of one particle (default: relativistic)")
-    parser.add_argument("--penalty", type=weight, default=3.0, metavar="WEIGHT",
-                        help="of the squared gradients of the critic, R1 and R2 (default: 3)")
+    parser.add_argument("--penalty", type=weight, default=1.0, metavar="WEIGHT",
+                        help="of the squared gradients of the critic, R1 and R2 (default: 1)")
     parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
                         help="of the generator alone on the likelihood of the counts, before all others (default: 500)")
+    parser.add_argument("--anchor", type=weight, default=2.0, metavar="WEIGHT",
+                        help="of the likelihood of the counts (or the squared error) while both train (default: 2)")
     parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
                         help="learning rate of the critic, times --lr (default: 2)")
     parser.add_argument("--balance", action="store_true", help="show rare particle types more often")
@@ -245,21 +248,26 @@ class Critic(eqx.Module):
     patches: eqx.nn.Linear
     position: jax.Array
     blocks: list
+    local: eqx.nn.Linear
+    modulation: eqx.nn.Linear
     known: Perceptron
     embed: eqx.nn.Linear
     out: eqx.nn.Linear
     detector: data.Detector = eqx.field(static=True)
 
-    def __init__(self, args, conditions, key):
-        keys = iter(jax.random.split(key, 5 + BLOCKS))
+    def __init__(self, args, conditions, key, hidden=64):
+        keys = iter(jax.random.split(key, 7 + BLOCKS))
         self.detector = data.DETECTORS[args.detector]
         bumps = vicinity(jnp.zeros(conditions), self.detector, SIZE)[1]
+        offsets, close = vicinity(jnp.zeros(conditions), self.detector, 4)
+        self.local = linear(next(keys), 16 + offsets.shape[1] + close[0].size, hidden)
+        self.modulation = linear(next(keys), 128, 2 * hidden)
         known = conditions + len(waves(np.zeros(conditions)))
         self.patches = linear(next(keys), SIZE**2 + 3, WIDTH)
         self.position = 0.1 * jax.random.normal(next(keys), (len(bumps), WIDTH))
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
         self.known = Perceptron(known, 128, 128, next(keys))
-        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 3 + 128, EMBEDDING)
+        self.embed = linear(next(keys), len(bumps) * WIDTH + bumps.shape[1] + 3 + hidden + 128, EMBEDDING)
         self.out = linear(next(keys), EMBEDDING, 1)
 
     def __call__(self, x, c):
@@ -269,7 +277,11 @@ class Critic(eqx.Module):
         h = apply(self.patches, jnp.concatenate([patches, jnp.log1p(sums)], axis=1)) + self.position  # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
-        whole = jnp.concatenate([light(bumps, patches), jnp.log1p(sums.sum(0)), known])
+        small, offsets, close = common.cast((to_patches(x, 4), *vicinity(c, self.detector, 4)), known.dtype)
+        scale, shift = jnp.split(self.modulation(known), 2)
+        texture = apply(self.local, jnp.concatenate([small, offsets, close.reshape(len(close), -1)], axis=1))
+        texture = jax.nn.silu(texture * (1 + scale) + shift).sum(0) / len(small)**0.5        # of patches of 4 x 4, wherever they lie
+        whole = jnp.concatenate([light(bumps, patches), jnp.log1p(sums.sum(0)), texture, known])
         embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), whole])))
         return self.out(embedding)[0], embedding
 
@@ -342,6 +354,13 @@ def draw_picture(maps, key, args):
     return soft + jax.lax.stop_gradient(exact - soft)
 
 
+def unlikelihood(maps, counts, args):
+    """Mean over fibres of -log P(n), nats, or of the squared error of log responses: maps (B, M, H, W), counts (B, H, W)."""
+    if args.counts == "round":
+        return jnp.mean(jnp.square(maps[:, 0] - picture(counts, args.counts)))
+    return count_loss(counts, maps[:, 0], jnp.exp(jnp.clip(maps[:, 1], -4, 3))).mean()
+
+
 def diversity_term(embeddings, others, noise, other_noise, spread):
     """Eq. 4 for one particle: f_div times the distance of two codes over that of the critic's embeddings of their responses."""
     distance = jnp.mean(jnp.abs(embeddings - others))
@@ -360,27 +379,30 @@ def batch_loss(net, counts, c, key, args):
     c, spread = c[:, :-1], c[:, -1]
     if args.precision == "bf16":
         net = common.cast(net, jnp.bfloat16)                                   # the conditions hold places: float32
-    keys, size = jax.random.split(key, 4), len(counts)
-    x, frozen = picture(counts.astype(jnp.float32), args.counts), jax.lax.stop_gradient
+    keys, size, counts = jax.random.split(key, 4), len(counts), counts.astype(jnp.float32)
+    x, frozen = picture(counts, args.counts), jax.lax.stop_gradient
 
     def generate(noise, key):
         maps = jax.vmap(net.generator)(c, noise).astype(jnp.float32)
-        return jax.vmap(lambda maps, key: draw_picture(maps, key, args))(maps, jax.random.split(key, size))
+        return maps, jax.vmap(lambda maps, key: draw_picture(maps, key, args))(maps, jax.random.split(key, size))
 
     noise = jax.random.normal(keys[0], (size, NOISE))
-    made = generate(noise, keys[1])
+    maps, made = generate(noise, keys[1])
     judge = lambda critic, x: jax.vmap(critic)(x, c)
     fooled, embeddings = judge(frozen(net.critic), made)
     real, fake = (judge(net.critic, x)[0].astype(jnp.float32) for x in (x, frozen(made)))
     rival = frozen(real) if args.loss == "relativistic" else 0.0
     loss = jax.nn.softplus(rival - fooled.astype(jnp.float32)).mean()          # Eq. 3, non-saturating
     parts = {"generator": loss}
+    if args.anchor:
+        parts["anchor"] = unlikelihood(maps, counts, args)
+        loss += args.anchor * parts["anchor"]
     if args.l2:
         parts["l2"] = jnp.mean(jnp.square(made - x))
         loss += args.l2 * parts["l2"]
     if args.sdi:
         other_noise = jax.random.normal(keys[2], noise.shape)
-        others = judge(frozen(net.critic), generate(other_noise, keys[3]))[1]
+        others = judge(frozen(net.critic), generate(other_noise, keys[3])[1])[1]
         parts["sdi"] = jax.vmap(diversity_term)(embeddings, others, noise, other_noise, spread).mean()
         loss += args.sdi * parts["sdi"]
     if args.aux:
@@ -523,10 +545,7 @@ def begin(args, net, dataset, conditions, rows):
     """The Adversaries as the training finds them: the generator on the likelihood of the counts (or the mean response), whatever
     the noise, for --warm steps; the peak finder on the places of the peaks."""
     def likelihood(generator, counts, c, key):
-        maps = jax.vmap(generator)(c, jax.random.normal(key, (len(c), NOISE)))
-        if args.counts == "round":
-            return jnp.mean(jnp.square(maps[:, 0] - picture(counts, args.counts)))
-        return count_loss(counts, maps[:, 0], jnp.exp(jnp.clip(maps[:, 1], -4, 3))).mean()
+        return unlikelihood(jax.vmap(generator)(c, jax.random.normal(key, (len(c), NOISE))), counts, args)
 
     def misplaced(finder, counts, c, key):
         x = picture(counts, args.counts)
@@ -595,7 +614,7 @@ def fit_factor(args, net, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "loss", "penalty", "warm", "critic_lr", "balance")
+    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "loss", "penalty", "warm", "anchor", "critic_lr", "balance")
 
 
 def make_network(args, conditions, key):

@@ -123,7 +123,7 @@ def adversaries(root):
 def stabilisers(root):
     """gan.py without one of the things that keep its two networks together."""
     head = ("changed", "detector", *SCORE_HEAD, "unseen R", "training, min", "command")
-    names = "loss", "penalty", "warm", "critic_lr", "ema", "balance"
+    names = "loss", "penalty", "warm", "anchor", "critic_lr", "balance"
     runs = read(root / "results", "gan-stabiliser-*.json")
     changed = lambda r: ", ".join(f"{name} {r['flags'][name]}" for name in names if r["flags"][name] != runs[0]["flags"][name]) or "nothing"
     return markdown(head, [(changed(r), r["detector"].upper(), *score_cells(r, "seen"), number(r["unseen"]["W"]["R"], ".2f"),

@@ -158,7 +158,7 @@ def test_the_generator_begins_at_the_likelihood():
     assert eqx.tree_equal(gan.begin(none, net, dataset, conditions, rows), net)
 
 
-@pytest.mark.parametrize("term", ["l2", "sdi", "aux"])
+@pytest.mark.parametrize("term", ["l2", "sdi", "aux", "anchor"])
 def test_terms_reach_the_generator_with_their_weight(term):
     args = arguments("--aux", 1)
     net = gan.Adversaries(args, 14, KEY)
