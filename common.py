@@ -469,24 +469,31 @@ def plot_training(path, records):
 
 
 def plot_sweep(path, points):
-    """Draw what the steps of a sampler buy: the score W against steps and against time.
+    """Draw the score W against what a sampler is given: its steps and the time they take, eta, temperature.
 
     `points`: dicts with "steps", "W", "ms_per_response", where there are several curves their "label" and, where the simulator
-    can be run again, "oracle".
+    can be run again, "oracle". A panel holds the curves that differ in its quantity from point to point.
     """
-    figure, axes = _figure(1, 2, 3.4, 2.6)
-    for axis, name, title in zip(axes[0], ("steps", "ms_per_response"), ("steps", "ms per response")):
-        for label in dict.fromkeys(point.get("label", "model") for point in points):
-            curve = [(point[name], point["W"]) for point in points if point.get("label", "model") == label]
-            axis.plot(*zip(*curve), marker="o", label=label)
+    curves = {}
+    for point in points:
+        curves.setdefault(point.get("label"), []).append(point)
+    differ = lambda name: [label for label, curve in curves.items() if len({point.get(name) for point in curve}) > 1]
+    steps, eta, temperature = (differ(name) for name in ("steps", "eta", "temperature"))
+    panels = [("steps", steps), ("ms_per_response", steps), ("eta", eta), ("temperature", temperature)]
+    panels = [panel for panel in panels if panel[1]] or [("steps", list(curves))]
+    figure, axes = _figure(1, len(panels), 3.4, 2.6)
+    for axis, (name, labels) in zip(axes[0], panels):
+        for label in labels:
+            axis.plot(*zip(*[(point[name], point["W"]) for point in curves[label]]), marker="o", label=label or "model")
         if "oracle" in points[0]:
             axis.axhline(points[0]["oracle"], color="0.5", linestyle="--", label="oracle")
-        axis.set(xscale="log", xlabel=title, ylabel="W")
+        axis.set(xscale="log" if name in ("steps", "ms_per_response") else "linear", xlabel=name.replace("_", " "), ylabel="W")
         axis.set_ylim(bottom=0)
-        ticks = [point[name] for point in points if point.get("label") == points[0].get("label")]
-        axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
+        ticks = [point[name] for point in curves[labels[0]]]
+        axis.set_xticks(ticks, [f"{tick:.2g}" if name == "ms_per_response" else f"{tick:g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
-    axes[0, 0].legend()
+        if name != "ms_per_response":                                          # it has the curves of the panel before
+            axis.legend()
     _save_figure(path, figure)
 
 

@@ -37,7 +37,7 @@ LENGTH = 1000                                    # steps of the noising
 RATIO = 2 / 3                                    # of noise to signal at which counts are drawn
 LARGEST = 2 * math.sqrt(4000)                    # of x_0; four times the brightest fibre that data.py makes
 SWEEP, SWEEP_ROWS = (5, 10, 25, 50, 100, 250, 800, 1000), 4096   # steps (paper 000, Fig. 7) and validation rows of --sweep
-FEW = 5, 10, 14, 25, 50                          # steps there without noise: eta 0 and dpm
+FEW, ETAS = (5, 10, 14, 25, 50), (0, 0.3, 0.5, 0.7, 0.85, 1)    # there, steps without noise (eta 0 and dpm), and eta at --steps
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -496,7 +496,7 @@ def sweep_cases(args):
     steps = [(f"{solver}, eta {eta:g}" if solver == "ddim" else solver, common.with_flags(args, solver=solver, eta=eta, steps=n))
              for solver, eta, all_steps in (("ddim", args.eta, SWEEP), ("ddim", 0.0, FEW), ("dpm", 0.0, FEW))
              for n in all_steps if n <= longest(args)]
-    return steps + [(f"ddim, eta {eta:g}", common.with_flags(args, solver="ddim", eta=eta)) for eta in (0.3, 0.5, 0.85, 1.0)]
+    return steps + [(f"ddim, {args.steps} steps", common.with_flags(args, solver="ddim", eta=eta)) for eta in ETAS]
 
 
 def main(argv=None):

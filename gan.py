@@ -559,6 +559,15 @@ def begin(args, net, dataset, conditions, rows):
     return eqx.tree_at(lambda net: [getattr(net, name) for name in fitted], net, list(fitted.values()))
 
 
+def start(args, dataset, conditions, rows, optimiser, key):
+    """The State before the first step."""
+    net = Adversaries(args, conditions.shape[1], key)
+    if not args.resume:                                                        # else the saved state holds it all
+        net = begin(args, net, dataset, conditions, rows)
+    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
+    return State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+
+
 def train(args, dataset, rows, scaler):
     """Train on the given rows of the data set. Returns the GAN of averaged weights and {"train_seconds", "step_seconds"}.
 
@@ -574,14 +583,9 @@ def train(args, dataset, rows, scaler):
     per_epoch = len(rows) // args.batch_size
     model_key, train_key = jax.random.split(jax.random.key(args.seed))
     optimiser = make_optimiser(args, args.epochs * per_epoch)
-    net = Adversaries(args, conditions.shape[1] - 1, model_key)
-    if not args.resume:                                                        # else a state holds it all
-        net = begin(args, net, dataset, conditions[:, :-1], rows)
-    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)   # a copy: the step gives its buffers away
-    state = State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
     header = {"script": args.script, "detector": args.detector, "flags": training_flags(args), "rows": len(rows)}
     with common.Logbook(args, header, args.epochs * per_epoch) as book:
-        state = common.replicate(book.begin(state), mesh)
+        state = common.replicate(book.begin(start(args, dataset, conditions[:, :-1], rows, optimiser, model_key)), mesh)
         step = make_step(args, optimiser)
         for epoch in range(book.step // per_epoch, args.epochs):
             rng = np.random.default_rng([args.seed, epoch])

@@ -439,9 +439,14 @@ def test_plots(tmp_path):
     common.plot_training(tmp_path / "training.png", [{"step": 1, "loss": 2.0, "W": None}, {"step": 2, "loss": 1.0},
                                                      {"step": 3, "loss": None, "W": 3.0}])
     common.plot_sweep(tmp_path / "sweep.png", [{"steps": n, "W": 9 / n, "ms_per_response": n / 9} for n in (1, 4, 9)])
-    assert sorted(os.listdir(tmp_path)) == ["channels.png", "samples.png", "sweep.png", "training.png"]
+    points = [{"label": f"eta {eta}", "steps": n, "W": 9 / n, "ms_per_response": n / 9, "eta": eta} for eta in (0, 1) for n in (1, 4)]
+    points += [{"label": "4 steps", "steps": 4, "W": 2, "ms_per_response": 1, "eta": eta, "oracle": 1} for eta in (0, 0.5, 1)]
+    common.plot_sweep(tmp_path / "eta.png", points)
+    common.plot_sweep(tmp_path / "one.png", points[:1])
+    assert sorted(os.listdir(tmp_path)) == ["channels.png", "eta.png", "one.png", "samples.png", "sweep.png", "training.png"]
     for path in tmp_path.iterdir():
         assert picture(path).shape[1] > 300
+    assert picture(tmp_path / "eta.png").shape[1] > 1.4 * picture(tmp_path / "sweep.png").shape[1]       # a panel more
 
 
 def test_plotting_is_loaded_lazily():

@@ -18,6 +18,7 @@ import latent_fm
 import metrics
 import tiny
 import vae
+import vqgan
 
 ROOT = Path(__file__).parent.parent
 ROW = [500.0, 0, 0, 0, 0.3, 0.4, 499.99968, 0, 0]                              # a photon of 500 GeV
@@ -252,7 +253,7 @@ def test_bad_input_of_fm(flags, name, files, monkeypatch, capfd):
     ("--data shape.h5", "shape.h5"), ("--batch-size 500", "--batch-size"), ("--generate set.h5", "--load"), ("--resume", "state.eqx"),
     ("--lr nan", "--lr"), ("--epochs 0", "--epochs"), ("--devices 3 --batch-size 9", "--devices"), ("--run plain", "plain"),
 ])
-@pytest.mark.parametrize("module", [diffusion, gan, latent_fm, vae])
+@pytest.mark.parametrize("module", [diffusion, gan, latent_fm, vae, vqgan])
 def test_bad_input_of_the_other_scripts(module, flags, name, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     before = snapshot(files)
