@@ -36,7 +36,7 @@ from common import UserError
 LENGTH = 1000                                    # steps of the noising
 RATIO = 2 / 3                                    # of noise to signal at which counts are drawn
 LARGEST = 2 * math.sqrt(4000)                    # of x_0; four times the brightest fibre that data.py makes
-SWEEP, SWEEP_ROWS = (5, 10, 25, 50, 100, 250, 800, 1000), 4096   # steps (paper 000, Fig. 7) and validation rows of --sweep
+SWEEP, SWEEP_ROWS = (5, 10, 25, 50, 100, 250, 800, 1000), 2048   # steps (paper 000, Fig. 7) and validation rows of --sweep
 FEW, ETAS = (5, 10, 14, 25, 50), (0, 0.3, 0.5, 0.7, 0.85, 1)    # there, steps without noise (eta 0 and dpm), and eta at --steps
 
 

@@ -17,7 +17,7 @@ Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as 
 is that of a softened count. `--counts round` is the papers' way: log responses, rounded at the end.
 
     python gan.py --detector zn                                       on 60 000 rows of the open data
-    python gan.py --detector zn --table                               the six rows of paper 000, Table 6
+    python gan.py --detector zn --table models                        the six rows of paper 000, Table 6
     python gan.py --load weights/gan-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py for seen and unseen particles beside its oracle; writes runs/gan-zn/.
@@ -67,7 +67,8 @@ def flags():
     parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
                         help="learning rate of the critic, times --lr (default: 2)")
     parser.add_argument("--balance", action="store_true", help="show rare particle types more often")
-    parser.add_argument("--table", action="store_true", help="only train and score the rows of the paper's table, side by side")
+    parser.add_argument("--table", choices=TABLES,
+                        help="only train and score side by side: the paper's models, or ours without one of its stabilisers each")
     return parser
 
 
@@ -280,7 +281,7 @@ class Critic(eqx.Module):
         small, offsets, close = common.cast((to_patches(x, 4), *vicinity(c, self.detector, 4)), known.dtype)
         scale, shift = jnp.split(self.modulation(known), 2)
         texture = apply(self.local, jnp.concatenate([small, offsets, close.reshape(len(close), -1)], axis=1))
-        texture = jax.nn.silu(texture * (1 + scale) + shift).sum(0) / len(small)**0.5        # of patches of 4 x 4, wherever they lie
+        texture = jax.nn.silu(texture * (1 + scale) + shift).sum(0) / len(small)**0.5       # of patches of 4 x 4, wherever they lie
         whole = jnp.concatenate([light(bumps, patches), jnp.log1p(sums.sum(0)), texture, known])
         embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), whole])))
         return self.out(embedding)[0], embedding
@@ -415,7 +416,7 @@ def batch_loss(net, counts, c, key, args):
         slope = jax.vmap(jax.grad(lambda x, c: net.critic(x, c)[0]))(jnp.concatenate([x[few], frozen(made)[few]]),
                                                                      jnp.concatenate([c[few], c[few]]))
         parts["slope"] = jnp.sum(slope**2, axis=(1, 2)).mean()
-        loss += args.penalty * parts["slope"]                                  # R1 / 2 + R2 / 2: Mescheder et al. 2018, Eq. 9 and 10
+        loss += args.penalty * parts["slope"]                                  # R1 / 2 + R2 / 2: Mescheder et al. 2018, Eq. 9, 10
     # not trained on, but looked at: can the critic still tell, do responses still differ?
     parts["critic AUC"] = jnp.mean(frozen(real)[:, None] > frozen(fake))
     parts["spread of sums"] = jnp.std(frozen(made).sum((1, 2))) / (jnp.std(x.sum((1, 2))) + 1e-6)
@@ -618,7 +619,8 @@ def fit_factor(args, net, dataset, rows, scaler):
 
 def training_flags(args):
     """The flags that decide what is trained, for the header of a checkpoint."""
-    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "loss", "penalty", "warm", "anchor", "critic_lr", "balance")
+    return common.training_flags(args, "counts", "l2", "sdi", "aux", "post", "loss", "penalty", "warm", "anchor", "critic_lr",
+                                 "balance")
 
 
 def make_network(args, conditions, key):
@@ -628,39 +630,43 @@ def make_network(args, conditions, key):
 
 # ------------------------------------------------------------------------------------------------ scoring and generating
 
-# W, MAE and RMSE on GEANT's ZN data without and with the postprocessing: paper 000, Table 6
-TABLE = {"GAN": ({}, (7.09, 25.65, 104.60), (5.70, 24.71, 100.98)),
-         "GAN + l2": ({"l2": 1.0}, (6.44, 27.37, 109.24), (6.07, 26.78, 107.07)),
-         "SDI-GAN": ({"sdi": 0.1}, (6.57, 27.01, 107.82), (6.36, 26.58, 105.94))}
-TYPES = {"gamma": 22, "n": 2112, "p": 2212, "Lambda": 3122}   # whose dispersion the table tells
+# Flags that differ from those of the command; W, MAE and RMSE on GEANT's ZN data without and with the postprocessing, as far as
+# they are published: paper 000, Table 6
+TABLES = {"models": {"GAN": ({}, (7.09, 25.65, 104.60), (5.70, 24.71, 100.98)),
+                     "GAN + l2": ({"l2": 1.0}, (6.44, 27.37, 109.24), (6.07, 26.78, 107.07)),
+                     "SDI-GAN": ({"sdi": 0.1}, (6.57, 27.01, 107.82), (6.36, 26.58, 105.94))},
+          "stabilisers": {"all": ({}, ()), "plain loss": ({"loss": "plain"}, ()), "no penalty": ({"penalty": 0.0}, ()),
+                          "no warm start": ({"warm": 0}, ()), "no anchor": ({"anchor": 0.0}, ()),
+                          "one rate": ({"critic_lr": 1.0}, ()), "no average": ({"ema": 0.0}, ()),
+                          "balanced": ({"balance": True}, ())}}
+TYPES = {"gamma": 22, "n": 2112, "p": 2212, "Lambda": 3122}   # whose dispersion the tables tell
 
 
 def table(args, dataset, split):
-    """Train the three models of paper 000, Table 6, and score them on the test rows without and with the postprocessing, with the
-    dispersion (metrics.dispersion) of the commonest particle types. Writes table.json after each, a model.eqx for each."""
+    """Train the models of one of TABLES and score them on the test rows, those of the paper without and with the postprocessing,
+    with the dispersion (metrics.dispersion) of the commonest particle types. Writes table.json after each, a model.eqx for each."""
     scaler, rows = data.fit_conditions(dataset.particles[split[0]], args.cond), []
     test = data.select(dataset, split[2])
-    truth, ids = metrics.channels(test.responses), np.unique(test.particles, axis=0, return_inverse=True)[1].ravel()
+    truth, ids = metrics.summarise(test.responses), np.unique(test.particles, axis=0, return_inverse=True)[1].ravel()
     types = test.pdg[np.unique(ids, return_index=True)[1]]
 
     def score(sums):
-        spread = metrics.dispersion(truth, sums, ids, test.pdg)
-        found = {"W": metrics.wasserstein(truth, sums), "MAE": metrics.mae(truth, sums)}
+        spread = metrics.dispersion(truth.channels, sums, ids, test.pdg)
+        found = {"W": metrics.wasserstein(truth.channels, sums), "MAE": metrics.mae(truth.channels, sums)}
         return found | {f"dispersion_{name}": float(spread[types == code].mean()) for name, code in TYPES.items() if code in types}
 
     oracle = None if args.data else score(metrics.rerun(args, test))
-    for name, (changed, *published) in TABLE.items():
-        run = args.run / name.replace(" + ", "-").lower()
+    for name, (changed, *published) in TABLES[args.table].items():
+        run = args.run / name.replace(" + ", "-").replace(" ", "-").lower()
         here = common.with_flags(args, **changed, run=run, resume=args.resume and (run / "state.eqx").exists())
         net, told = train(here, dataset, split[0], scaler)
-        chosen = split[0][:metrics.CLASSIFIER["rows"]]
-        for post, paper in zip((False, True), published):
-            net = fit_factor(here, net, dataset, chosen, scaler) if post else net
+        for post, paper in zip((False, True), published):                      # a stabiliser has () alone: one row
+            net = fit_factor(here, net, dataset, split[0][:metrics.CLASSIFIER["rows"]], scaler) if post else net
             net = data.save_model(common.with_flags(here, post=post), training_flags(here), scaler, told, net)
-            made = metrics.generator(here, sampler(here, net), scaler)(test.particles, 0)
-            found = score(metrics.channels(made))
+            made = metrics.summarise(metrics.generator(here, sampler(here, net), scaler)(test.particles, 0))
+            found = score(made.channels) | dict(zip(("AUC_low", "AUC_high"), metrics.auc_scores(truth, made, test.particles)))
             rows.append({"model": name, "post": post} | dict(zip(("paper_W", "paper_MAE", "paper_RMSE"), paper)) | found
-                        | {"R": oracle and found["W"] / oracle["W"], "RMSE": metrics.rmse(test.responses, made),
+                        | {"R": oracle and found["W"] / oracle["W"], "RMSE": metrics.rmse(truth.responses, made.responses),
                            "factor": float(net.factor), "seconds": told["train_seconds"]})
         result = {"script": "gan", "detector": args.detector, "command": args.command, "device": common.device_name(),
                   "versions": common.versions(), "rows": {"train": len(split[0]), "test": len(split[2])}, "oracle": oracle,

@@ -87,14 +87,16 @@ def times(root):
 
 def reconstructions(root):
     """Responses encoded and decoded again."""
-    head = ("model", "network", "detector", "test rows", "W", "oracle", "R", "MAE", "then with the flow: W", "R", "MAE (oracle)", "AUC high",
+    head = ("model", "network", "detector", "test rows", "W", "oracle", "R", "MAE", "then with the flow or prior: W", "R", "MAE (oracle)", "AUC high",
             "ms per response", "command")
-    return markdown(head, [(r["script"], r["flags"]["net"], r["detector"].upper(), str(r["rows"]["seen"]),
+    network = lambda flags: flags.get("net") or f"{flags['variant']}, {flags['prior']}"
+    return markdown(head, [(r["script"], network(r["flags"]), r["detector"].upper(), str(r["rows"]["seen"]),
                             *(number(r["reconstruction"][key], ".2f") for key in ("W", "oracle", "R", "MAE")),
                             number(r["seen"]["W"]["value"], ".2f"), number(r["seen"]["W"]["R"], ".2f"),
                             f"{r['seen']['MAE']['value']:.2f} ({r['seen']['MAE']['oracle']:.2f})", number(r["seen"]["AUC_high"]["value"], ".3f"),
                             number(r["ms_per_response"]["256"], ".3f"), f"`{r['command']}`")
-                           for r in read(root / "weights", "latent_fm-*.json") + read(root / "results", "latent_fm-*.json") if "reconstruction" in r])
+                           for folder, pattern in (("weights", "latent_fm-*"), ("results", "latent_fm-*"), ("weights", "vqgan-*"), ("results", "vqgan-*"))
+                           for r in read(root / folder, pattern + ".json") if "reconstruction" in r])
 
 
 def autoencoders(root):
@@ -108,29 +110,21 @@ def autoencoders(root):
 
 
 def adversaries(root):
-    """The models of paper 000, Table 6."""
-    kinds = lambda r: [key for key in r["oracle"] if key.startswith("dispersion_")]
-    return "".join(markdown(("model", "postprocessing", "published W", "MAE", "W", "R", "MAE", "RMSE",
-                             *(f"dispersion, {key.removeprefix('dispersion_')}" for key in kinds(r)), "factor", "training, min"),
-                            [(row["model"], "yes" if row["post"] else "no", f"{row['paper_W']:.2f}", f"{row['paper_MAE']:.2f}",
-                              *(number(row[name], ".2f") for name in ("W", "R", "MAE", "RMSE")), *(f"{row[key]:.3f}" for key in kinds(r)),
-                              f"{row['factor']:.2f}", f"{row['seconds'] / 60:.1f}") for row in r["table"]])
-                   + f"\nOracle: W {r['oracle']['W']:.2f}, MAE {r['oracle']['MAE']:.2f}, dispersion "
-                   + ", ".join(f"{r['oracle'][key]:.3f}" for key in kinds(r)) + f"; {r['rows']['test']} test rows; `{r['command']}`\n"
-                   for r in read(root / "results", "gan-table-*.json"))
+    """The models of paper 000, Table 6, and gan.py without one of its stabilisers each."""
+    parts = []
+    for r in read(root / "results", "gan-table-*.json"):
+        kinds = [key for key in r["oracle"] if key.startswith("dispersion_")]
+        head = ("model", "postprocessing", "published W", "MAE", "W", "R", "MAE", "RMSE", "AUC low", "AUC high",
+                *(f"dispersion, {key.removeprefix('dispersion_')}" for key in kinds), "factor", "training, min")
+        parts.append(markdown(head, [(row["model"], "yes" if row["post"] else "no", *(number(row.get(key), ".2f") for key in (
+            "paper_W", "paper_MAE", "W", "R", "MAE", "RMSE")), *(number(row[key], ".3f") for key in ("AUC_low", "AUC_high", *kinds)),
+            f"{row['factor']:.2f}", f"{row['seconds'] / 60:.1f}") for row in r["table"]]) + "\n"
+            + f"Oracle: W {r['oracle']['W']:.2f}, MAE {r['oracle']['MAE']:.2f}, dispersion "
+            + ", ".join(f"{r['oracle'][key]:.3f}" for key in kinds) + f"; {r['rows']['test']} test rows; `{r['command']}`\n")
+    return "\n".join(parts)
 
 
-def stabilisers(root):
-    """gan.py without one of the things that keep its two networks together."""
-    head = ("changed", "detector", *SCORE_HEAD, "unseen R", "training, min", "command")
-    names = "loss", "penalty", "warm", "anchor", "critic_lr", "balance"
-    runs = read(root / "results", "gan-stabiliser-*.json")
-    changed = lambda r: ", ".join(f"{name} {r['flags'][name]}" for name in names if r["flags"][name] != runs[0]["flags"][name]) or "nothing"
-    return markdown(head, [(changed(r), r["detector"].upper(), *score_cells(r, "seen"), number(r["unseen"]["W"]["R"], ".2f"),
-                            number(r["train_seconds"] / 60, ".1f"), f"`{r['command']}`") for r in runs])
-
-
-TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, stabilisers, counts, sweep, compare, check, channels)}
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, counts, sweep, compare, check, channels)}
 
 
 def marked(name):

@@ -256,9 +256,17 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)
 
 
-def test_table(tmp_path):
-    result = gan.main([*FLAGS, "--table", "--run", str(tmp_path)])
-    assert [(row["model"], row["post"]) for row in result["table"]] == [(name, post) for name in gan.TABLE for post in (False, True)]
+@pytest.mark.parametrize("name, rows", [("models", 6), ("stabilisers", 2)])
+def test_table(name, rows, tmp_path, monkeypatch):
+    stabilisers = gan.TABLES["stabilisers"]
+    monkeypatch.setitem(gan.TABLES, "stabilisers", {key: stabilisers[key] for key in ("all", "balanced")})
+    result = gan.main([*FLAGS, "--table", name, "--run", str(tmp_path)])
+    kinds = (False, True) if name == "models" else (False,)
+    assert [(row["model"], row["post"]) for row in result["table"]] == [(model, post) for model in gan.TABLES[name] for post in kinds]
+    assert len(result["table"]) == rows and all(0 <= row["AUC_low"] <= 1 and row["W"] > 0 for row in result["table"])
     assert json.loads((tmp_path / "table.json").read_text()) == common.plain(result)
+
+
+def test_table_needs_no_checkpoint(trained):
     with pytest.raises(UserError, match="does not go with --load"):
-        gan.main(["--load", str(tmp_path / "gan/model.eqx"), "--table"])
+        gan.main(["--load", str(trained[0] / "model.eqx"), "--table", "models"])
