@@ -275,6 +275,7 @@ class Critic(eqx.Module):
         known = self.known(jnp.concatenate([c, waves(c)]))
         patches, bumps = common.cast((to_patches(x, SIZE), vicinity(c, self.detector, SIZE)[1]), known.dtype)
         sums = jnp.stack([patches**2, patches, jnp.minimum(patches, 1)]).sum(2).T                     # (P, 3)
+        sums = jnp.maximum(sums, -0.5)                                         # log responses that are made may be negative
         h = apply(self.patches, jnp.concatenate([patches, jnp.log1p(sums)], axis=1)) + self.position  # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
@@ -282,7 +283,7 @@ class Critic(eqx.Module):
         scale, shift = jnp.split(self.modulation(known), 2)
         texture = apply(self.local, jnp.concatenate([small, offsets, close.reshape(len(close), -1)], axis=1))
         texture = jax.nn.silu(texture * (1 + scale) + shift).sum(0) / len(small)**0.5       # of patches of 4 x 4, wherever they lie
-        whole = jnp.concatenate([light(bumps, patches), jnp.log1p(sums.sum(0)), texture, known])
+        whole = jnp.concatenate([light(bumps, patches), jnp.log1p(jnp.maximum(sums.sum(0), -0.5)), texture, known])
         embedding = jax.nn.silu(self.embed(jnp.concatenate([normalise(h).ravel(), whole])))
         return self.out(embedding)[0], embedding
 
