@@ -105,7 +105,7 @@ def test_drawn_pictures_hold_whole_counts_and_pass_the_gradient():
     assert np.abs(slope[0][draw(location, log_scale) < -1]).max() < 1e-2       # a dark fibre stays out of it
 
 
-@pytest.mark.parametrize("flags", [("--loss", "plain"), (), ("--l2", 1), ("--sdi", 1), ("--aux", 1), ("--penalty", 0)])
+@pytest.mark.parametrize("flags", [("--loss", "plain"), (), ("--l2", 1, "--sdi", 1, "--aux", 1), ("--penalty", 0)])
 def test_adversaries_learn_from_their_own_terms(flags):
     """The critic from its loss alone, whatever the generator's; neither touches the peak finder, which `aux` needs."""
     args = arguments(*flags)
