@@ -513,7 +513,7 @@ def make_step(args, optimiser):
 
 def spreads(responses, particles):
     """f_div of Eq. 4 for each row: standard deviation over the rows of its particle, summed over fibres, scaled to (0, 1); (N,)."""
-    _, ids = np.unique(particles, axis=0, return_inverse=True)
+    ids = data.unique_particles(particles)[0]
     found = np.array([responses[ids == k].astype(np.float32).std(0).sum() for k in range(ids.max() + 1)])
     return ((found - found.min()) / (np.ptp(found) or 1.0))[ids].astype(np.float32)
 
@@ -648,8 +648,8 @@ def table(args, dataset, split):
     with the dispersion (metrics.dispersion) of the commonest particle types. Writes table.json after each, a model.eqx for each."""
     scaler, rows = data.fit_conditions(dataset.particles[split[0]], args.cond), []
     test = data.select(dataset, split[2])
-    truth, ids = metrics.summarise(test.responses), np.unique(test.particles, axis=0, return_inverse=True)[1].ravel()
-    types = test.pdg[np.unique(ids, return_index=True)[1]]
+    truth, (ids, first) = metrics.summarise(test.responses), data.unique_particles(test.particles)
+    types = test.pdg[first]
 
     def score(sums):
         spread = metrics.dispersion(truth.channels, sums, ids, test.pdg)
