@@ -257,6 +257,9 @@ class DenseAutoencoder(eqx.Module):
     def decode(self, z, c):
         return self.decoder(z, c, self.embedding(0.0, c))
 
+    def without_encoder(self):
+        return eqx.tree_at(lambda net: net.encoder, self, None)
+
 
 class FlowBlock(eqx.Module):
     """Residual block on one vector (width,); particle and time scale, shift and gate it, each by a part of its own."""
@@ -416,6 +419,9 @@ class PaperAutoencoder(eqx.Module):
         fibres = (normalise(h) @ self.head).reshape(-1, 4)                                          # four of each place
         return from_patches(fibres, 2, self.shape)
 
+    def without_encoder(self):
+        return eqx.tree_at(lambda net: (net.down, net.code), self, (None, None))
+
 
 class PaperFlow(eqx.Module):
     """The U-Net of fm.py's PaperUNet in the latent: levels of 8, 12 and 16 channels, two blocks each, attention with the condition
@@ -515,8 +521,8 @@ class Stage1(eqx.Module):
 
 
 class LatentFM(eqx.Module):
-    """What a checkpoint keeps: the autoencoder, mean and standard deviation of its latents, and the flow from N(0, 1) to latents
-    that are standardised by them."""
+    """What a checkpoint keeps: the autoencoder without its encoder, which is never asked again, mean and standard deviation of the
+    latents, and the flow from N(0, 1) to latents that are standardised by them."""
     autoencoder: eqx.Module
     mean: jax.Array
     std: jax.Array
@@ -536,7 +542,7 @@ def make_network(args, conditions, key):
 
 def make_latent_fm(args, conditions, key):
     """A LatentFM that is not trained: the shapes of a checkpoint."""
-    autoencoder = AUTOENCODERS[args.net](args, conditions, key)
+    autoencoder = AUTOENCODERS[args.net](args, conditions, key).without_encoder()
     flow = FLOWS[args.net](args.latent, conditions, key)
     return LatentFM(autoencoder, jnp.zeros(latent_shape(args)), jnp.ones(latent_shape(args)), flow)
 
@@ -873,12 +879,12 @@ def in_blocks(function, *arrays):
 
 
 def train_stages(args, dataset, rows, scaler):
-    """Both stages, or one. Returns the LatentFM, None after stage 1 alone, and {"stage1", "stage2": what the Logbook found}."""
+    """Both stages, or one. Returns (LatentFM, None after stage 1 alone, autoencoder, {"stage1", "stage2": of the Logbook})."""
     if args.stage == "2" and not (args.run / "stage1" / "state.eqx").exists():
         raise UserError(f"--stage 2 needs the autoencoder of {args.run / 'stage1'}: train stage 1 first, with the same flags")
     net, first = train(stage_flags(args, "1"), dataset, rows, scaler)
     if args.stage == "1":
-        return None, {"stage1": first}
+        return None, net.autoencoder, {"stage1": first}
     c = data.conditions(dataset.particles, scaler)
     encode = eqx.filter_jit(lambda net, counts, c: jax.vmap(net.encode)(jnp.log1p(counts.astype(jnp.float32)), c))
     codes = in_blocks(lambda counts, c, key: encode(net.autoencoder, counts, c).astype(np.float16), dataset.responses, c)
@@ -889,7 +895,7 @@ def train_stages(args, dataset, rows, scaler):
     codes[:, 1] -= np.log(std)
     flow, second = train(stage_flags(args, "2"), dataset._replace(responses=codes), rows, scaler)   # codes instead of responses
     told = {"stage1": first, "stage2": second, "train_seconds": first["train_seconds"] + second["train_seconds"]}
-    return LatentFM(net.autoencoder, jnp.asarray(mean), jnp.asarray(std), flow), told
+    return LatentFM(net.autoencoder.without_encoder(), jnp.asarray(mean), jnp.asarray(std), flow), net.autoencoder, told
 
 
 def moments(codes):
@@ -926,12 +932,14 @@ def main(argv=None):
         trained, told = header["flags"], header["scores"]
     seed = trained["seed"] if args.load else args.seed                         # a loaded model meets its own test rows
     dataset, split = data.open_split(args, seed)
+    tests = data.test_sets(args, dataset, split[2], seed)
     if not args.load:
         args.latent = args.latent or (4 if args.net == "paper" else LATENT[args.detector])
         args.likelihood = "mse" if args.net == "paper" else args.likelihood
         scaler = data.fit_conditions(dataset.particles[split[0]], args.cond)
         trained = training_flags(common.with_flags(args, stage1_epochs=args.epochs)) | {"flow_epochs": args.flow_epochs}
-        net, told = train_stages(args, dataset, split[0], scaler)
+        net, autoencoder, told = train_stages(args, dataset, split[0], scaler)
+        told["reconstruction"] = score_reconstruction(args, autoencoder, scaler, next(iter(tests.values())))
         if args.stage == "1":
             return told
         net = data.save_model(args, trained, scaler, told, net)
@@ -941,13 +949,11 @@ def main(argv=None):
                                       metrics.generator(args, sampler(case, net), scaler)) for case in cases], dataset, split[1])
         if args.load:
             return found
-    tests = data.test_sets(args, dataset, split[2], seed)
     decoder = common.network_cost(net.autoencoder.decode, latent_shape(args), (len(scaler.mean),))["mflop"]
     flow = common.network_cost(net.flow, latent_shape(args), (), (len(scaler.mean),))["mflop"]
     result = {"flags": trained, "rows": {"train": len(split[0])},
               "parameters": common.count_parameters((net.autoencoder, net.flow)), "mflop": decoder + args.steps * flow,
-              "steps": args.steps, "solver": args.solver, "evaluations": args.steps + 1, **told,
-              "reconstruction": score_reconstruction(args, net.autoencoder, scaler, next(iter(tests.values())))}
+              "steps": args.steps, "solver": args.solver, "evaluations": args.steps + 1, **told}
     return metrics.report(args, sampler(args, net), scaler, tests, result, common.BATCHES)
 
 

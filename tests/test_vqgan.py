@@ -406,23 +406,13 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     """A kill in either stage."""
     monkeypatch.setattr(common, "time", tiny.clock())
     dataset = data.open_data("zn", 700, quiet=True)
-    scaler, log = data.fit_conditions(dataset.particles, "physics"), common.log_line
+    scaler = data.fit_conditions(dataset.particles, "physics")
     flags = [*FLAGS, "--batch-size", "16", "--epochs", "4", "--prior-epochs", "4", "--prior-batch", "16", "--prior", "masked"]
 
     def run(*more):
         return vqgan.train_stages(vqgan.flags().parse_args([*flags, *map(str, more)]), dataset, np.arange(489), scaler)[0]
 
-    def cut(folder, record):
-        log(folder, record)
-        if record["step"] == 100 and folder.parent.name == folder.name:        # saved last: the state of step 50
-            raise KeyboardInterrupt
-    whole = run("--run", tmp_path / "whole")
-    for where in ("stage1", "stage2"):                                         # the folder is named as the stage that is cut off
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common, "log_line", cut)
-            run("--run", tmp_path / where)
-        pairs = zip(jax.tree.leaves(run("--run", tmp_path / where, "--resume")), jax.tree.leaves(whole), strict=True)
-        assert all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a)), where
+    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("stage1", "stage2"))
 
 
 def test_sweep_and_compare(trained, tmp_path, monkeypatch):

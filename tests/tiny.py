@@ -37,17 +37,18 @@ def clock(pause=0.0):
     return SimpleNamespace(perf_counter=perf_counter)
 
 
-def assert_resume_is_as_uninterrupted(run, folder, monkeypatch):
-    """`run(*flags)` trains past step 100 and returns its network: the same whole, and cut off there and continued."""
+def assert_resume_is_as_uninterrupted(run, folder, monkeypatch, stages=(None,)):
+    """`run(*flags)` trains past step 100 and returns its network: the same whole, and cut off there and continued. `stages` are the
+    folders of the run in which it is cut off, one after the other."""
     whole, log = run("--run", folder / "whole"), common.log_line
-
-    def cut(path, record):
-        log(path, record)
-        if record["step"] == 100:                                              # saved last: the state of step 50
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "log_line", cut)
-        run("--run", folder / "cut")
-    resumed = run("--run", folder / "cut", "--resume")
-    pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a))
+    for stage in stages:
+        def cut(path, record):
+            log(path, record)
+            if record["step"] == 100 and stage in (None, path.name):           # saved last: the state of step 50
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(common, "log_line", cut)
+            run("--run", folder / f"cut-{stage}")
+        resumed = run("--run", folder / f"cut-{stage}", "--resume")
+        pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a)), stage
