@@ -2,7 +2,6 @@
 import json
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,16 +240,6 @@ def test_saved_and_loaded(trained, tmp_path):
     again, other = load(), load("--solver", "dpm")
     assert (again["seen"], again["unseen"], again["flags"]) == (result["seen"], result["unseen"], result["flags"])
     assert other["seen"]["W"] != again["seen"]["W"] and other["solver"] == "dpm"
-
-
-def test_generated_file(trained, tmp_path):
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:100], dataset.pdg[:100]
-    diffusion.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / "list.h5"), "--out", str(tmp_path / "out.h5"),
-                    "--steps", "3", "--quiet"])
-    loaded = data.load(tmp_path / "out.h5", "zn")
-    assert loaded.responses.shape == (100, 44, 44) and loaded.responses.any()
 
 
 @pytest.mark.parametrize("flags", [("--counts", "round", "--variance", "cosine", "--predict", "noise", "--detector", "zp"),

@@ -541,18 +541,6 @@ def test_scoring_keeps_the_model_of_the_run(trained, tmp_path):
     assert (tmp_path / "model.eqx").read_text() == '"another model"\n'
 
 
-@pytest.mark.parametrize("detector", data.DETECTORS)
-def test_checked_in_weights(detector):
-    """They load into the networks of this code, and are those of the json file beside them."""
-    path = Path(fm.__file__).parent / "weights" / f"fm-{detector}.eqx"
-    args, result = fm.flags().parse_args(["--detector", detector, "--load", str(path)]), json.loads(path.with_suffix(".json").read_text())
-    scaler, header = data.read_model(args, ("net", "counts", "exit", "cond", "n", "split"))
-    like = eqx.filter_eval_shape(fm.make_network, args, len(scaler.mean), KEY)
-    net = common.load_checkpoint(path, like)[1]
-    assert common.count_parameters(net) == result["parameters"] and header["flags"] == result["flags"]
-    assert header["scores"]["train_seconds"] == result["train_seconds"] and result["command"].startswith(f"python fm.py --detector {detector}")
-
-
 def random_network(make_network, *args):
     """A network of the right shapes, with weights from NumPy."""
     shapes, rng = eqx.filter_eval_shape(make_network, *args), np.random.default_rng(0)

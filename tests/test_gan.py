@@ -2,7 +2,6 @@
 import json
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,14 +231,6 @@ def test_saved_and_loaded(trained, tmp_path):
     folder, result = trained
     again = gan.main(["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path)])
     assert (again["seen"], again["unseen"], again["factor"]) == (result["seen"], result["unseen"], result["factor"])
-
-
-def test_generated_file(trained, tmp_path):
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:100], dataset.pdg[:100]
-    gan.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / "list.h5"), "--out", str(tmp_path / "out.h5"), "--quiet"])
-    assert data.load(tmp_path / "out.h5", "zn").responses.shape == (100, 44, 44)
 
 
 @pytest.mark.parametrize("flags", [("--sdi", "0.1", "--aux", "1", "--l2", "1", "--balance"), ("--counts", "round", "--detector", "zp", "--penalty", "0", "--loss", "plain", "--warm", "0")])

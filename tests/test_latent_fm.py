@@ -2,10 +2,8 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,16 +270,6 @@ def test_saved_and_loaded(trained, tmp_path):
         result[name] for name in ("seen", "unseen", "flags", "reconstruction")]
 
 
-def test_generated_file(trained, tmp_path):
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:100], dataset.pdg[:100]
-    latent_fm.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / "list.h5"), "--out",
-                    str(tmp_path / "out.h5"), "--quiet"])
-    loaded = data.load(tmp_path / "out.h5", "zn")
-    assert loaded.responses.shape == (100, 44, 44) and loaded.responses.any()
-
-
 def test_one_stage_after_the_other(trained, tmp_path):
     """The same numbers as both in one run; stage 2 again, with other flags of its own, leaves stage 1 as it is."""
     folder, result = trained
@@ -330,19 +318,6 @@ def test_the_papers_model(tmp_path):
     result = latent_fm.main([*FLAGS, "--net", "paper", "--detector", "zp", "--run", str(tmp_path)])
     assert {"squares", "divergence", "perceptual", "fooled", "features", "critic"} <= common.read_log(tmp_path / "stage1")[-1].keys()
     assert result["flags"]["latent"] == 4 and np.isfinite(result["seen"]["W"]["value"])
-
-
-@pytest.mark.parametrize("detector", data.DETECTORS)
-def test_checked_in_weights(detector, tmp_path):
-    """They load into the present code, and their responses are about as bright as the simulator's."""
-    dataset = data.open_data(detector, 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles, dataset.pdg
-    weights = Path(latent_fm.__file__).parent / "weights" / f"latent_fm-{detector}.eqx"
-    latent_fm.main(["--load", str(weights), "--detector", detector, "--generate", str(tmp_path / "list.h5"), "--out",
-                    str(tmp_path / "out.h5"), "--quiet"])
-    made, real = (responses.mean() for responses in (data.load(tmp_path / "out.h5", detector).responses, dataset.responses))
-    assert made == pytest.approx(real, rel=0.15)
 
 
 def test_sweep(trained, tmp_path, monkeypatch):

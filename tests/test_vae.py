@@ -3,7 +3,6 @@ import json
 import math
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,16 +244,6 @@ def test_saved_and_loaded(trained, tmp_path):
     folder, result = trained
     again = vae.main(["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path)])
     assert (again["seen"], again["unseen"], again["flags"]) == (result["seen"], result["unseen"], result["flags"])
-
-
-def test_generated_file(trained, tmp_path):
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:100], dataset.pdg[:100]
-    vae.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / "list.h5"), "--out", str(tmp_path / "out.h5"),
-              "--quiet"])
-    loaded = data.load(tmp_path / "out.h5", "zn")
-    assert loaded.responses.shape == (100, 44, 44) and loaded.responses.any()
 
 
 def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 import json
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,15 +361,6 @@ def test_saved_and_loaded(trained, tmp_path):
     names = "seen", "unseen", "flags", "reconstruction", "codebook"
     assert [again[name] for name in names] == [result[name] for name in names]
     assert other["seen"]["W"] != again["seen"]["W"] and (other["temperature"], other["top_k"]) == (0.5, 9)
-
-
-def test_generated_file(trained, tmp_path):
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:100], dataset.pdg[:100]
-    vqgan.main(["--load", str(trained[0] / "model.eqx"), "--generate", str(tmp_path / "list.h5"), "--out", str(tmp_path / "out.h5"), "--quiet"])
-    loaded = data.load(tmp_path / "out.h5", "zn")
-    assert loaded.responses.shape == (100, 44, 44) and loaded.responses.any()
 
 
 def test_another_prior_on_the_same_autoencoder(trained, tmp_path):
