@@ -485,7 +485,7 @@ class Masked(eqx.Module):
     head: Perceptron
     grid: tuple = eqx.field(static=True)
 
-    def __init__(self, args, conditions, key, width=256, depth=2, own=8, up=12, hidden=128, embedding=128):
+    def __init__(self, args, conditions, key, width=192, depth=2, own=8, up=12, hidden=128, embedding=128):
         keys, codes, self.grid = iter(jax.random.split(key, 8 + depth)), GRIDS[args.tokens][1], grid(args)
         _, vicinities, patches = known_shape(args, conditions)
         self.known = Known(args, conditions, embedding, next(keys))

@@ -11,6 +11,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+LONG = "vqgan", "fm", "iaf", "latent_fm", "vae", "gan", "data", "diffusion", "errors"   # files that take a minute and more
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that the two processes end together."""
+    names = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")

@@ -124,7 +124,41 @@ def adversaries(root):
     return "\n".join(parts)
 
 
-TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, counts, sweep, compare, check, channels)}
+def flows(root):
+    """Both flows of iaf.py with true and with predicted photon sums, the sums alone, the ways to take the noise away."""
+    parts = []
+    for r in read(root / "weights", "iaf-*.json"):
+        names, sums = ("W", "R", "MAE", "MAE_c", "MAE_cw", "MAE_cond"), r["sums"]
+        parts.append(f"**{r['detector'].upper()}**\n\n" + markdown(("flow", "photon sums", *names, "ms per response", "times as fast as naive"), [
+            (row["flow"], row["sums"], *(number(row[name], ".2f") for name in names), number(r["speed"]["ms"].get(FLOWS.get(row["flow"])), ".3f"),
+             number(r["speed"]["ratio"].get(FLOWS.get(row["flow"])), ".0f")) for row in r["flows"]])
+            + f"\nTeacher: {r['bits_per_fibre']:.4f} bits per fibre; one fibre at a time with a full pass for each: {r['speed']['ms']['naive']:.0f} ms. "
+            f"Photon sums alone: W {sums['W']:.2f} (oracle {sums['oracle_W']:.2f}), MAE {sums['MAE']:.1f} ({sums['oracle_MAE']:.1f}).\n\n"
+            + markdown(("flow", "noise taken away by", "published W", "W, validation", "lit % (real)"), [
+                (row["flow"], row["removal"], number(row["paper_W"], ".2f"), number(row["W"], ".2f"), f"{100 * row['lit']:.2f} ({100 * row['real_lit']:.2f})")
+                for row in r["removals"]]))
+    return "\n".join(parts)
+
+
+def costs(root):
+    """What a response of vqgan.py costs, by tokens, size, precision and batch (papers 001 and 002)."""
+    head = ("tokens", "prior", "precision", "batch", "parameters", "MFLOP", "ms per response", "against the row above, %", "published ms on a GPU")
+    return markdown(head, [(str(row["tokens"]), row["prior"], row["precision"], str(row["batch"]), str(row["parameters"]), f"{row['mflop']:.0f}",
+                            f"{row['ms_per_response']:.3f}", number(row["change"] and 100 * row["change"], "+.0f"), number(row["published_ms"], ".2f"))
+                           for r in read(root / "results", "vqgan-compare-*.json") for row in r["rows"]])
+
+
+def ablation(root):
+    """Students of one teacher (paper 004, Table 1)."""
+    names = "W", "R", "MAE", "MAE_c", "MAE_cw", "MAE_cond"
+    return markdown(("detector", "flow", "photon sums", *names), [(r["detector"].upper(), row["flow"], row["sums"], *(number(row[name], ".2f") for name in names))
+                                                   for r in read(root / "results", "iaf-table-*.json") for row in r["table"]])
+
+
+FLOWS = {"teacher": "incremental", "student": "student"}   # the sampler that is timed for a flow
+
+
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, counts, sweep, compare, check, channels, flows, costs, ablation)}
 
 
 def marked(name):

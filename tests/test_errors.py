@@ -14,6 +14,7 @@ import data
 import diffusion
 import fm
 import gan
+import iaf
 import latent_fm
 import metrics
 import tiny
@@ -253,7 +254,7 @@ def test_bad_input_of_fm(flags, name, files, monkeypatch, capfd):
     ("--data shape.h5", "shape.h5"), ("--batch-size 500", "--batch-size"), ("--generate set.h5", "--load"), ("--resume", "state.eqx"),
     ("--lr nan", "--lr"), ("--epochs 0", "--epochs"), ("--devices 3 --batch-size 9", "--devices"), ("--run plain", "plain"),
 ])
-@pytest.mark.parametrize("module", [diffusion, gan, latent_fm, vae, vqgan])
+@pytest.mark.parametrize("module", [diffusion, gan, iaf, latent_fm, vae, vqgan])
 def test_bad_input_of_the_other_scripts(module, flags, name, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     before = snapshot(files)
