@@ -98,15 +98,17 @@ def test_gradient_of_the_spline():
             assert to_x[i] == pytest.approx(slope, rel=1e-2, abs=5e-3)
 
 
-def test_spline_rises_and_is_undone():
+@pytest.mark.parametrize("scale, error", [(1.0, 1e-4), (2.0, None)])
+def test_spline_rises_and_is_undone(scale, error):
+    """Over the whole range, tails included; where a wild spline is flat, y tells little of x, but x comes back to the same y."""
     x = jnp.tile(jnp.linspace(-8, 8, 500), 20)
-    numbers = numbers_like(20, seed=2).repeat(500, axis=1)
+    numbers = numbers_like(20, seed=2, scale=scale).repeat(500, axis=1)
     y = iaf.spline(x, numbers)[0]
     assert (jnp.diff(y.reshape(20, 500), axis=1) > 0).all()
     np.testing.assert_array_equal(y[jnp.abs(x) >= 6], x[jnp.abs(x) >= 6])
     back = iaf.inverse_spline(y, numbers)
     np.testing.assert_allclose(iaf.spline(back, numbers)[0], y, atol=2e-4)
-    np.testing.assert_allclose(back, x, atol=2e-2)                             # where it is flat, y tells little of x
+    assert error is None or jnp.abs(back - x).max() < error
     same = jnp.zeros((iaf.NUMBERS, 500))
     np.testing.assert_allclose(iaf.spline(x[:500], same)[0], x[:500], atol=1e-5)
 
@@ -175,7 +177,7 @@ def test_likelihood_integrates_to_one(monkeypatch):
     """The density of the continuous counts of a detector of two fibres, over all that they can be."""
     monkeypatch.setitem(SMALL, "pair", partial(iaf.Flow, orders=("forwards", "backwards"), width=6, hidden=4, group=1, outputs=2,
                                                embedding=4))
-    flow, args = toy_flow(monkeypatch, "pair", shape=(1, 2)), arguments("--noise", 0.5)
+    flow, args = toy_flow(monkeypatch, "pair", shape=(1, 2), scale=0.05), arguments("--noise", 0.5)
     c, total = 0.3 * jnp.ones((1, 14)), jnp.array([3.0])
 
     @jax.jit
@@ -186,7 +188,7 @@ def test_likelihood_integrates_to_one(monkeypatch):
     edges = np.linspace(-9, 9, 901)
     a, b = np.meshgrid(edges, edges)
     values = np.asarray(density(jnp.asarray(np.stack([a.ravel(), b.ravel()], 1), jnp.float32))).reshape(a.shape)
-    assert integrate.trapezoid(integrate.trapezoid(values, edges), edges) == pytest.approx(1, abs=0.02)
+    assert integrate.trapezoid(integrate.trapezoid(values, edges), edges) == pytest.approx(1, abs=2e-3)
     n = np.linspace(0.01, 3.4, 50)
     x, log_slope = iaf.to_logit(jnp.asarray(n), 3.0, args)
     np.testing.assert_allclose(np.gradient(np.asarray(x), n)[2:-2], np.exp(log_slope)[2:-2], rtol=0.1)
