@@ -10,6 +10,7 @@ that the determinant is a product. Three networks, three stages of training (pap
              L = |x' - x|^2 + |z' - z|^2 + the same after each block,     data: x -> z -> x', latent: z -> x' -> z'
              + W f(c) sum_k (w_k - w'_k)^2 / 5 of the light's share in each channel, after each block (Eq. 2: --channel-loss W),
              f(c) = [1 / f_div(c)] |X_c| + eps, which trusts particles that are common and alike (Eq. 3: --diversity)
+             + W' sum over fibres of (2 sqrt(n) - 2 sqrt(n'))^2 / D, ours: photons in units of their noise (--light-loss W')
 Counts n become x = logit of (n + nu u) / (S + nu), u uniform (--noise, paper 000, Table 7); --removal takes the noise away again.
 
     python iaf.py --detector zn                                       three stages on 60 000 rows of the open data
@@ -22,7 +23,6 @@ time of each sampler, then every score of metrics.py beside its oracle; writes r
 """
 import argparse
 import math
-import time
 from functools import cache, partial, reduce
 
 import equinox as eqx
@@ -59,8 +59,8 @@ def flags():
                         help="train one, on those before it in --run, with the same flags but the later stages' own (default: all)")
     parser.add_argument("--sum-epochs", type=common.number(int, 1, 10**6), default=10, metavar="N",
                         help="passes over the training rows in stage sum (default: 10)")
-    parser.add_argument("--student-epochs", type=common.number(int, 1, 10**6), default=4, metavar="N",
-                        help="passes over the training rows in stage student (default: 4)")
+    parser.add_argument("--student-epochs", type=common.number(int, 1, 10**6), default=2, metavar="N",
+                        help="passes over the training rows in stage student (default: 2)")
     parser.add_argument("--noise", type=common.number(float, 1e-3, 1), default=0.5, metavar="NU",
                         help="photons, range of the noise that makes counts continuous (default: 0.5)")
     parser.add_argument("--removal", choices=REMOVALS,
@@ -68,6 +68,8 @@ def flags():
                              "the one with the least W on validation rows)")
     parser.add_argument("--channel-loss", type=common.number(float, 0), default=100.0, metavar="WEIGHT",
                         help="of the light's shares in the channels, in stage student (default: 100)")
+    parser.add_argument("--light-loss", type=common.number(float, 0), default=5.0, metavar="WEIGHT",
+                        help="of the squared errors of photons in units of their noise, in stage student (default: 5)")
     parser.add_argument("--diversity", action=argparse.BooleanOptionalAction, default=True,
                         help="weight the channel loss by how common and alike a particle's responses are")
     parser.add_argument("--sampler", choices=("student", "teacher"), default="student",
@@ -548,22 +550,24 @@ def distance(student, teacher):
 
 
 def student_loss(net, counts, weights, teacher, c, key, args):
-    """The two loops of paper 004 and Krause and Shih 2023, and the channel loss of Eq. 2: counts (B, H, W), weights (B,)."""
+    """The two loops of paper 004 and Krause and Shih 2023, and the channel loss of Eq. 2: counts (B, H, W), weights (B,). Ours are the
+    squares of 2 sqrt(n), in units of a fibre's Poisson noise: in logits a hundred photons weigh no more than none."""
     keys, total, net, teacher = jax.random.split(key), counts.sum((1, 2)), net.masked(), teacher.masked()
     photons = counts.reshape(len(counts), -1)
     x = to_logit(photons + args.noise * jax.random.uniform(keys[0], photons.shape), total[:, None], args)[0]
     known = jax.lax.stop_gradient(over_rows(lambda *rows: teacher(*rows)[0], x, c, total))
-    truth = photons @ metrics.channel_weights(counts.shape[1:]).reshape(-1, 5) / total[:, None]
 
-    def chunk(known, truth, z, c, total):
+    def chunk(known, z, c, total):
         made, other = net(known[:, -1], c, total)[0], net(z, c, total)[0]      # data loop: x -> z -> x', and z -> x' ...
         back = teacher(other[:, -1], c, total)[0]                              # latent loop: ... -> z'
-        channel = jnp.mean(jnp.square(shares(made[:, 1:], total[:, None, None], args) - truth[:, None]), axis=(1, 2))     # Eq. 2
-        return *distance(made, known), *distance(other, back), channel
-    data_end, data_between, latent_end, latent_between, channel = over_rows(chunk, known, truth, jax.random.normal(keys[1], x.shape),
-                                                                            c, total)
+        truth = shares(known[:, :1], total[:, None, None], args)               # of the noisy counts, as those of the student are
+        channel = jnp.mean(jnp.square(shares(made[:, 1:], total[:, None, None], args) - truth), axis=(1, 2))              # Eq. 2
+        roots = jnp.sqrt(from_logit(jnp.stack([made[:, -1], known[:, 0]]), total[:, None], args) + args.noise)
+        return *distance(made, known), *distance(other, back), channel, 4 * jnp.mean(jnp.square(roots[0] - roots[1]), axis=1)
+    data_end, data_between, latent_end, latent_between, channel, light = over_rows(chunk, known, jax.random.normal(keys[1], x.shape), c, total)
     parts = {"data loop": data_end.mean(), "latent loop": latent_end.mean(), "blocks": (data_between + latent_between).mean()}
-    return sum(parts.values()) + args.channel_loss * jnp.mean(weights * channel), parts | {"channels": channel.mean()}
+    loss = sum(parts.values()) + args.channel_loss * jnp.mean(weights * channel) + args.light_loss * light.mean()
+    return loss, parts | {"channels": channel.mean(), "light": light.mean()}
 
 
 def batch_loss(net, batch, c, key, args):
@@ -719,7 +723,7 @@ def train(args, dataset, rows, scaler, teacher=None):
     return state.ema, book.end()
 
 
-OWN = {"sum": ("noise",), "teacher": ("net", "sum_epochs"), "student": ("channel_loss", "diversity", "teacher_epochs")}
+OWN = {"sum": ("noise",), "teacher": ("net", "sum_epochs"), "student": ("channel_loss", "light_loss", "diversity", "teacher_epochs")}
 CONSTANTS = "mean", "std", "low"   # of the training rows
 
 
@@ -882,8 +886,9 @@ def cost(net, conditions):
     return {"parameters": common.count_parameters(net), "mflop": mflop}
 
 
-# paper 004, Table 1: the student alone, with the channel loss, and with its weights
-ABLATION = {"base": {"channel_loss": 0.0}, "channel": {"diversity": False}, "channel and diversity": {"diversity": True}}
+# paper 004, Table 1: the student alone, with the channel loss, and with its weights; then ours
+ABLATION = {"base": {"channel_loss": 0.0, "light_loss": 0.0}, "channel": {"diversity": False, "light_loss": 0.0},
+            "channel and diversity": {"diversity": True, "light_loss": 0.0}, "channel, diversity and light": {"diversity": True}}
 
 
 def table(args, dataset, split, scaler):
