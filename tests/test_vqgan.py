@@ -411,7 +411,7 @@ def test_sweep_and_compare(trained, tmp_path, monkeypatch):
     found = vqgan.main(["--load", str(trained[0] / "model.eqx"), "--sweep", "--quiet", "--run", str(tmp_path)])
     kept = [point for point in found["points"] if point["label"] == "top-k 3"]
     assert [point["temperature"] for point in kept] == [0.5] and (tmp_path / "sweep.json").exists()
-    monkeypatch.setattr(vqgan, "COMPARED", ((36, "gpt", "bf16", 4, 0.1), (121, "masked", "f32", 4, None)))
+    monkeypatch.setattr(vqgan, "COMPARED", ((36, "masked", "bf16", 4, 0.1), (121, "masked", "f32", 4, None)))
     rows = vqgan.main([*FLAGS, "--compare", "--run", str(tmp_path)])["rows"]
     assert [row["tokens"] for row in rows] == [36, 121] and all(row["ms_per_response"] > 0 for row in rows)
     assert rows[1]["change"] == pytest.approx(rows[1]["ms_per_response"] / rows[0]["ms_per_response"] - 1)
