@@ -123,8 +123,7 @@ def test_orders():
     assert iaf.arrange(fibres, "backwards") is fibres
 
 
-@pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize("conditions", [9, 14])
+@pytest.mark.parametrize("kind, conditions", [("local", 14), ("paper", 9)])
 def test_blocks_are_autoregressive(kind, conditions, monkeypatch):
     """dy_i / dx_j is 0 for j after i in the order, by automatic differentiation; log slopes are those of the diagonal."""
     flow = toy_flow(monkeypatch, kind, conditions=conditions)
@@ -160,8 +159,7 @@ def test_every_earlier_fibre_counts(monkeypatch):
     assert np.abs(jax.jacobian(lambda e: block.numbers(x[None], near, e, total)[:, 0, 0])(e)).max() > 0
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind, stage", [("local", "teacher"), ("local", "student"), ("paper", "student")])
 def test_naive_and_incremental_are_the_way_back(kind, stage, monkeypatch):
     """Equal numbers for equal noise, and called again they give the noise: the student too can be undone."""
     flow = toy_flow(monkeypatch, kind, stage=stage)
@@ -419,16 +417,17 @@ def test_every_kind_of_run(flags, tmp_path, coarse):
     assert np.isfinite(result["seen"]["W"]["value"])
 
 
-def test_table(tmp_path, coarse):
+def test_table(tmp_path, coarse, monkeypatch):
+    monkeypatch.setattr(iaf, "ABLATION", {name: iaf.ABLATION[name] for name in ("base", "channel and diversity")})
     result = iaf.main([*FLAGS, "--table", "--run", str(tmp_path)])
-    assert [row["flow"] for row in result["table"][::2]] == ["teacher", "base", "channel", "channel and diversity", "oracle"]
+    assert [row["flow"] for row in result["table"][::2]] == ["teacher", "base", "channel and diversity", "oracle"]
     assert {"W", "MAE_c", "MAE_cw", "MAE_cond"} <= result["table"][0].keys() and (tmp_path / "table.json").exists()
     with pytest.raises(UserError, match="--load"):
         iaf.main(["--table", "--load", str(tmp_path / "model.eqx")])
 
 
 def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, coarse):
-    """A kill in either flow's stage."""
+    """A kill in the last stage, which needs the others."""
     monkeypatch.setattr(common, "time", tiny.clock())
     monkeypatch.setattr(iaf, "NETWORKS", {"local": partial(SMALL["local"], width=4, hidden=2)})
     dataset = data.open_data("zn", 700, quiet=True)
@@ -440,4 +439,4 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, coarse):
         for stage in iaf.STAGES:
             nets[stage] = iaf.train(iaf.stage_flags(args, stage), dataset, rows, scaler, nets.get("teacher"))[0]
         return nets
-    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("teacher", "student"))
+    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("student",))
