@@ -597,7 +597,8 @@ def diversity_weights(responses, particles):
     low = inverse[spread > 0].min(initial=np.inf)
     scaled = np.clip((inverse - low) / ((inverse.max() - low) or 1.0), 0, 1) if np.isfinite(low) else 0 * inverse
     weights = (scaled * np.bincount(ids))[ids]
-    return ((weights / (weights.mean() or 1.0) + EPSILON) / ((weights.any() + 0.0) + EPSILON)).astype(np.float32)
+    weights = weights / (weights.mean() or 1.0) + EPSILON
+    return (weights / weights.mean()).astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- sampler
@@ -893,7 +894,7 @@ ABLATION = {"base": {"channel_loss": 0.0, "light_loss": 0.0}, "channel": {"diver
 
 def table(args, dataset, split, scaler):
     """Train a student of the same teacher for each row of ABLATION and score them beside the teacher; writes table.json."""
-    test, rows = data.select(dataset, split[2]), []
+    test = data.select(dataset, split[2])
     if not args.channel_loss:
         raise UserError("--table needs a --channel-loss above 0")
     flows, told = train_stages(common.with_flags(args, stage="teacher" if args.stage == "student" else args.stage,
@@ -935,8 +936,6 @@ def main(argv=None):
     seed = trained["seed"] if args.load else args.seed                         # a loaded model meets its own test rows
     dataset, split = data.open_split(args, seed)
     tests = data.test_sets(args, dataset, split[2], seed)
-    test = next(iter(tests.values()))
-    again = metrics.rerun(args, test)
     if not args.load:
         scaler = data.fit_conditions(dataset.particles[split[0]], args.cond)
         vars(args).update(constants(args, dataset.responses[split[0]]), validation=split[1])
@@ -948,6 +947,8 @@ def main(argv=None):
         args.sampler = args.sampler if args.sampler in flows else "teacher"
         chosen, net, _ = flows[args.sampler]
         trained, args.removal = training_flags(chosen) | {"removal": chosen.removal, "sampler": args.sampler}, chosen.removal
+        test = next(iter(tests.values()))
+        again = metrics.rerun(args, test)
         result |= {"sums": score_sums(args, net.totals, scaler, test, again), "flows": score_flows(flows, scaler, test, again),
                    "removals": [row for flow in flows.values() for row in flow[2]],
                    "bits_per_fibre": score_likelihood(args, flows["teacher"][1], scaler, test)}
