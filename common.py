@@ -517,8 +517,11 @@ def progress(what, label, quiet=False):
     return tqdm(rounds, desc=label, disable=quiet, mininterval=interval, dynamic_ncols=True)
 
 
+LOGGED = 50                                    # steps from one line of log.jsonl to the next
+
+
 class Logbook:
-    """The book that a training loop keeps: a progress bar, log.jsonl every 50 steps and its picture, the state once a minute
+    """The book that a training loop keeps: a progress bar, log.jsonl every LOGGED steps and its picture, the state once a minute
     and at the end.
 
     `header` stands before each saved state and holds its "script", "detector", "flags" and "rows", which --resume wants
@@ -552,7 +555,7 @@ class Logbook:
         now and then. Diverged if one is not finite."""
         self.step += 1
         self.bar.update()
-        if self.step % 50 and self.step < self.steps:
+        if self.step % LOGGED and self.step < self.steps:
             return
         losses = {name: float(value) for name, value in losses.items()}
         now = time.perf_counter()

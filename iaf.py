@@ -18,7 +18,7 @@ Counts n become x = logit of (n + nu u) / (S + nu), u uniform (--noise, paper 00
     python iaf.py --detector zn --stage student --table               base, + channel, + channel + diversity (paper 004, Table 1)
     python iaf.py --load weights/iaf-zn.eqx --generate particles.csv --out responses.h5
 
-Prints the trainings, scores of the sums, of both flows with true and predicted sums, of the four ways to take the noise away, the
+Prints the trainings, scores of the sums, of both flows with true and predicted sums, of the ways to take the noise away, the
 time of each sampler, then every score of metrics.py beside its oracle; writes runs/iaf-zn/, stages and the teacher in folders.
 """
 import argparse
@@ -42,7 +42,7 @@ ALPHA = 1e-6                      # of the logit (paper 000)
 CHUNK = 64                        # responses at a time on a CPU: the numbers for every fibre of more leave its cache
 COMPONENTS = 12                   # of the distribution of log sums
 EPSILON = 0.1                     # of --diversity: the least weight, in units of the mean one
-REMOVALS = "floor", "round", "floor-renormalise", "round-renormalise"
+REMOVALS = "floor", "round", "floor-renormalise", "round-renormalise", "scale-floor", "scale-round"   # the last two are ours
 STAGES = "sum", "teacher", "student"
 SCORED = 10_240                   # rows at most that the teacher draws for its scores
 TIMED = 16                        # fibres that the naive sampler is timed on; each costs a full pass
@@ -64,8 +64,8 @@ def flags():
     parser.add_argument("--noise", type=common.number(float, 1e-3, 1), default=0.5, metavar="NU",
                         help="photons, range of the noise that makes counts continuous (default: 0.5)")
     parser.add_argument("--removal", choices=REMOVALS,
-                        help="of the noise: floor, or subtract its mean and round, alone or before scaling to the photon sum (default: "
-                             "the one with the least W on validation rows)")
+                        help="of the noise: floor, or subtract its mean and round, alone or before scaling to the photon sum, or scaling "
+                             "to it before the floor (default: the one with the least W on validation rows)")
     parser.add_argument("--channel-loss", type=common.number(float, 0), default=100.0, metavar="WEIGHT",
                         help="of the light's shares in the channels, in stage student (default: 100)")
     parser.add_argument("--light-loss", type=common.number(float, 0), default=5.0, metavar="WEIGHT",
@@ -368,11 +368,9 @@ class Block(eqx.Module):
         return spline(x, self.numbers(x, near, e, total))
 
     def naive(self, y, near, e, total, count=None):
-        """x (B, D) of block(x) = y, the first `count` fibres of it: a full pass for each."""
-        def fibre(i, x):
-            i = y.shape[1] - 1 - i if self.backwards else i
-            return x.at[:, i].set(inverse_spline(y[:, i], self.numbers(x, near, e, total)[:, :, i]))
-        return jax.lax.fori_loop(0, y.shape[1] if count is None else count, fibre, jnp.zeros_like(y))
+        """x (B, D) of block(x) = y, right in the first `count` fibres: a full pass for each, of all fibres, as flow libraries do it."""
+        pass_on = lambda _, x: inverse_spline(y, self.numbers(x, near, e, total))
+        return jax.lax.fori_loop(0, y.shape[1] if count is None else count, pass_on, jnp.zeros_like(y))
 
     def incremental(self, y, near, e, total):
         """x (B, D) of block(x) = y as `naive` finds it: a new x adds one row to the first layer's sums, and only the outputs of the
@@ -636,7 +634,20 @@ predict_totals = eqx.filter_jit(draw_totals)
 
 
 def remove_noise(light, total, how, noise):
-    """Photon counts float32 (B, D) from continuous ones (B, D), the noise in [0, noise) taken away, and their sum (B,)."""
+    """Photon counts float32 (B, D) from continuous ones (B, D), the noise in [0, noise) taken away, and their sum (B,).
+
+    `how` is one of the four ways of paper 000, or floors or rounds s x with the largest s of 1/2 to 2 that leaves no more than the
+    photon sum: a photon that the flow made a little dark is lost by a floor, and scaling afterwards gives its light to others.
+    """
+    if "scale" in how:
+        counts = lambda scale: jnp.floor(scale * light + (0.5 - noise / 2 if how == "scale-round" else 0.0))
+
+        def halve(_, bounds):
+            middle = (bounds[0] + bounds[1]) / 2
+            fits = counts(middle).sum(1, keepdims=True) <= total[:, None]
+            return jnp.where(fits, middle, bounds[0]), jnp.where(fits, bounds[1], middle)
+        bounds = jax.lax.fori_loop(0, 16, halve, (jnp.full((len(light), 1), 0.5), jnp.full((len(light), 1), 2.0)))
+        return jnp.minimum(counts(bounds[0]), 65535)
     counts = jnp.floor(light) if "floor" in how else jnp.maximum(light - noise / 2, 0)
     if "renormalise" in how:
         counts = counts * (total / jnp.maximum(counts.sum(1), 1e-9))[:, None]
@@ -778,7 +789,8 @@ def finish(args, net, dataset, scaler, told):
     table = removals(args, net, scaler, data.select(dataset, args.validation))
     args = common.with_flags(args, removal=args.removal or min(table, key=lambda row: row["W"])["removal"])
     flags = training_flags(args) | {"removal": args.removal, "sampler": args.sampler}
-    return args, data.save_model(args, flags, scaler, told, net), table
+    masked = eqx.tree_at(lambda net: net.flow, net, net.flow.masked())         # zeros make half a file
+    return args, data.save_model(args, flags, scaler, told, masked), table
 
 
 # ------------------------------------------------------------------------------------------------ scoring and generating
@@ -807,13 +819,13 @@ def make_light(args, net, scaler, part, true_sums=False):
 
 
 def removals(args, net, scaler, part):
-    """Rows for the four ways to take the noise away, on at most SCORED rows of a Dataset, with predicted sums."""
+    """Rows for the ways to take the noise away, on at most SCORED rows of a Dataset, with predicted sums."""
     part = data.select(part, slice(SCORED // 2))
     light, totals = make_light(args, net, scaler, part)
     truth, rows = metrics.channels(part.responses), []
     for how in REMOVALS:
         counts = np.asarray(remove_noise(light, totals, how, args.noise)).reshape(part.responses.shape)
-        rows.append({"flow": args.sampler, "removal": how, "paper_W": PUBLISHED[how],
+        rows.append({"flow": args.sampler, "removal": how, "paper_W": PUBLISHED.get(how),
                      "W": metrics.wasserstein(truth, metrics.channels(counts)), "lit": float((counts > 0).mean()), "real_lit": float((part.responses > 0).mean())})
     common.print_rows(rows)
     return rows

@@ -141,10 +141,26 @@ def flows(root):
     return "\n".join(parts)
 
 
+def costs(root):
+    """What a response of vqgan.py costs, by tokens, size, precision and batch (papers 001 and 002)."""
+    head = ("tokens", "prior", "precision", "batch", "parameters", "MFLOP", "ms per response", "against the row above, %", "published ms on a GPU")
+    return markdown(head, [(str(row["tokens"]), row["prior"], row["precision"], str(row["batch"]), str(row["parameters"]), f"{row['mflop']:.0f}",
+                            f"{row['ms_per_response']:.3f}", number(row["change"] and 100 * row["change"], "+.0f"), number(row["published_ms"], ".2f"))
+                           for r in read(root / "results", "vqgan-compare-*.json") for row in r["rows"]])
+
+
+def ablation(root):
+    """Students of one teacher (paper 004, Table 1)."""
+    names = "W", "R", "MAE", "MAE_c", "MAE_cw", "MAE_cond"
+    return markdown(("detector", "flow", "photon sums", *names), [(r["detector"].upper(), row["flow"], row["sums"], *(number(row[name], ".2f") for name in names))
+                                                   for r in read(root / "results", "iaf-table-*.json") for row in r["table"]])
+
+
 FLOWS = {"teacher": "incremental", "student": "student"}   # the sampler that is timed for a flow
 
 
-TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, counts, sweep, compare, check, channels, flows)}
+TABLES = {table.__name__: table for table in (results, times, reconstructions, autoencoders, adversaries, counts, sweep, compare, check, channels,
+                                              flows, costs, ablation)}
 
 
 def marked(name):

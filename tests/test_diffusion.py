@@ -252,7 +252,7 @@ def test_every_kind_of_run(flags, tmp_path):
 def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
     dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
-    scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--batch-size", 16, "--epochs", 4)
+    scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--epochs", 3)
     run = lambda *more: diffusion.train(arguments(*flags, *more), dataset, rows, scaler)[0]
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)
 

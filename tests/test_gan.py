@@ -242,7 +242,7 @@ def test_every_kind_of_run(flags, tmp_path):
 def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
     dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
-    scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--batch-size", 16, "--epochs", 4, "--sdi", 0.1)
+    scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--epochs", 3, "--sdi", 0.1)
     run = lambda *more: gan.train(arguments(*flags, *more), dataset, rows, scaler)[0]
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)
 

@@ -303,7 +303,7 @@ def test_stage_2_needs_its_stage_1(trained, tmp_path):
 def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     """A kill in the second stage, which needs the first."""
     monkeypatch.setattr(common, "time", tiny.clock())
-    flags = [*FLAGS, "--batch-size", "16", "--epochs", "4", "--flow-epochs", "4"]
+    flags = [*FLAGS, "--flow-epochs", "3"]
     dataset = data.open_data("zn", 700, quiet=True)
     scaler = data.fit_conditions(dataset.particles, "physics")
 

@@ -1,4 +1,5 @@
-"""Makes the runs of tests small: a tiny network, one generation, one timing, a token classifier."""
+"""Makes the runs of tests small: a tiny network, one generation, one timing, a token classifier, pictures that are not drawn (those of
+test_common.py and test_data.py are)."""
 import itertools
 import time
 from functools import partial
@@ -22,6 +23,7 @@ def shrink(put=setattr):
     put(fm, "NETWORKS", fm.NETWORKS | {"tiny": small})
     time_sampler = common.time_sampler
     put(common, "time_sampler", lambda sample, sizes: time_sampler(sample, (64,) if len(sizes) > 1 else sizes, repeats=1))
+    put(common, "_save_figure", lambda path, figure: path.write_bytes(b"a picture"))
     put(metrics, "GENERATIONS", 1)
     put(metrics, "BLOCK", 64)
     put(metrics, "CLASSIFIER", metrics.CLASSIFIER | dict(rows=60, epochs=1, batch=20, trainings=1))
@@ -38,13 +40,14 @@ def clock(pause=0.0):
 
 
 def assert_resume_is_as_uninterrupted(run, folder, monkeypatch, stages=(None,)):
-    """`run(*flags)` trains past step 100 and returns its network: the same whole, and cut off there and continued. `stages` are the
+    """`run(*flags)` trains past step 12 and returns its network: the same whole, and cut off there and continued. `stages` are the
     folders of the run in which it is cut off, one after the other."""
+    monkeypatch.setattr(common, "LOGGED", 4)
     whole, log = run("--run", folder / "whole"), common.log_line
     for stage in stages:
         def cut(path, record):
             log(path, record)
-            if record["step"] == 100 and stage in (None, path.name):           # saved last: the state of step 50
+            if record["step"] == 12 and stage in (None, path.name):            # saved last: the state of step 8
                 raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(common, "log_line", cut)
