@@ -29,6 +29,15 @@ def cache_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_detectors(tmp_path_factory):
+    """For the rest of a file."""
+    import tiny
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink_detectors(patch, tmp_path_factory.mktemp("data"))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_code():
     """Lets go of what a file compiled. An executable takes memory maps, of which Linux allows a process 65 530; test_fm.py alone

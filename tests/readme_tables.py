@@ -51,7 +51,8 @@ def counts(root):
 def sweep(root):
     head = ("model", "detector", "sampler", "steps", "evaluations", "W", "oracle", "MAE", "ms per response")
     label = lambda p: p.get("label", "-") + (f", temperature {p['temperature']:g}" if "temperature" in p else "")
-    return markdown(head, [(r["script"], r["detector"].upper(), label(p), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
+    model = lambda r: r["script"] + (", gpt" if "--prior gpt" in r["command"] else "")
+    return markdown(head, [(model(r), r["detector"].upper(), label(p), str(p["steps"]), str(p["evaluations"]), f"{p['W']:.2f}", number(p.get("oracle"), ".2f"), f"{p['MAE']:.2f}",
                             f"{p['ms_per_response']:.3f}") for r in read(root / "results", "*-sweep-*.json") for p in r["points"]])
 
 

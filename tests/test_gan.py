@@ -121,7 +121,7 @@ def test_adversaries_learn_from_their_own_terms(flags):
         slopes = [jax.grad(lambda x: critic(x, c[0, :-1])[0])(x[0]) for x in (x, made)]
         won = [jax.nn.sigmoid(real), jax.nn.sigmoid(-fake)] if args.loss == "plain" else [jax.nn.sigmoid(real - fake)]
         return -sum(jnp.log(w).mean() for w in won) + args.penalty / 2 * sum(jnp.sum(slope**2) for slope in slopes)
-    expected = eqx.filter_grad(critic_loss)(net.critic)
+    expected = eqx.filter_jit(eqx.filter_grad(critic_loss))(net.critic)
     for a, b in zip(jax.tree.leaves(found.critic), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5)
     assert moved(found.generator) and not moved(found.finder)
@@ -215,7 +215,7 @@ def test_shapes(detector, flags, conditions):
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, small_detectors):
     folder = tmp_path_factory.mktemp("gan") / "run"
     return folder, gan.main([*FLAGS, "--post", "--epochs", "8", "--run", str(folder)])
 
@@ -234,12 +234,12 @@ def test_saved_and_loaded(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--sdi", "0.1", "--aux", "1", "--l2", "1", "--balance"), ("--counts", "round", "--detector", "zp", "--penalty", "0", "--loss", "plain", "--warm", "0")])
-def test_every_kind_of_run(flags, tmp_path):
+def test_every_kind_of_run(flags, tmp_path, small_detectors):
     result = gan.main([*FLAGS, *flags, "--run", str(tmp_path)])
     assert np.isfinite(result["seen"]["W"]["value"])
 
 
-def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
+def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
     monkeypatch.setattr(common, "time", tiny.clock())
     dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
     scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--epochs", 3, "--sdi", 0.1)
@@ -248,7 +248,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, rows", [("models", 6), ("stabilisers", 2)])
-def test_table(name, rows, tmp_path, monkeypatch):
+def test_table(name, rows, tmp_path, monkeypatch, small_detectors):
     stabilisers = gan.TABLES["stabilisers"]
     monkeypatch.setitem(gan.TABLES, "stabilisers", {key: stabilisers[key] for key in ("all", "balanced")})
     result = gan.main([*FLAGS, "--table", name, "--run", str(tmp_path)])

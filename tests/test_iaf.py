@@ -366,8 +366,8 @@ def test_diversity_weights():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
-def coarse():
-    """Splines of two bins from here on: without optimisation, eight take the time of all other tests."""
+def coarse(small_detectors):
+    """Splines of two bins from here on, and few fibres: without optimisation, all take the time of all other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(iaf, "BINS", 2)
         patch.setattr(iaf, "NUMBERS", 5)

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -25,6 +26,9 @@ FLAGS = ["--n", "700", "--epochs", "1", "--flow-epochs", "1", "--batch-size", "6
 def shrunk():
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink(patch.setattr)
+        patch.setattr(latent_fm, "Encoder", partial(latent_fm.Encoder, width=32, depth=1))
+        patch.setattr(latent_fm, "Decoder", partial(latent_fm.Decoder, width=32, depth=1, hidden=16))
+        patch.setitem(latent_fm.FLOWS, "dense", partial(latent_fm.DenseFlow, width=16, depth=1, embedding=16, times=8))
         yield
 
 
@@ -248,7 +252,7 @@ def test_who_knows_the_particle():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, small_detectors):
     folder = tmp_path_factory.mktemp("latent") / "run"
     return folder, latent_fm.main([*FLAGS, "--epochs", "20", "--run", str(folder)])
 
@@ -300,7 +304,7 @@ def test_stage_2_needs_its_stage_1(trained, tmp_path):
         latent_fm.main([*FLAGS, "--epochs", "20", "--beta", "5", "--stage", "2", "--run", str(trained[0])])
 
 
-def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
+def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
     """A kill in the second stage, which needs the first."""
     monkeypatch.setattr(common, "time", tiny.clock())
     flags = [*FLAGS, "--flow-epochs", "3"]
@@ -313,7 +317,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("stage2",))
 
 
-def test_the_papers_model(tmp_path):
+def test_the_papers_model(tmp_path, small_detectors):
     """Both stages and the scores; the parts of Eq. 7 are in the log."""
     result = latent_fm.main([*FLAGS, "--net", "paper", "--detector", "zp", "--run", str(tmp_path)])
     assert {"squares", "divergence", "perceptual", "fooled", "features", "critic"} <= common.read_log(tmp_path / "stage1")[-1].keys()
@@ -326,7 +330,7 @@ def test_sweep(trained, tmp_path, monkeypatch):
     assert [point["steps"] for point in found["points"]] == [1, 2] and (tmp_path / "sweep.png").exists()
 
 
-def test_two_devices(tmp_path):
+def test_two_devices(tmp_path, small_detectors):
     """Two devices share a batch and end in the same numbers as one, in both stages."""
     dataset = data.open_data("zn", 700, quiet=True)
     scaler = data.fit_conditions(dataset.particles, "physics")

@@ -222,7 +222,7 @@ def test_what_the_decoder_knows():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, small_detectors):
     folder = tmp_path_factory.mktemp("vae") / "run"
     return folder, vae.main([*FLAGS, "--epochs", "20", "--run", str(folder)])
 
@@ -246,7 +246,7 @@ def test_saved_and_loaded(trained, tmp_path):
     assert (again["seen"], again["unseen"], again["flags"]) == (result["seen"], result["unseen"], result["flags"])
 
 
-def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
+def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
     monkeypatch.setattr(common, "time", tiny.clock())
     dataset, rows = data.open_data("zn", 700, quiet=True), np.arange(489)
     scaler, flags = data.fit_conditions(dataset.particles, "physics"), ("--epochs", 3)
@@ -255,7 +255,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     assert losses(tmp_path / "cut", "reconstruction") == losses(tmp_path / "whole", "reconstruction")
 
 
-def test_table_of_all_combinations(tmp_path, monkeypatch, capsys):
+def test_table_of_all_combinations(tmp_path, monkeypatch, capsys, small_detectors):
     """One of the twelve is made to diverge: the others go on, and the table says so."""
     step = vae.make_step
 
