@@ -287,10 +287,10 @@ def test_a_prior_learns_known_frequencies(name, monkeypatch):
     tokens = rng.choice(5, (4096, 4), p=[0.4, 0.3, 0.15, 0.1, 0.05])
     c = rng.choice([-1.0, 1.0], 4096).astype(np.float32)[:, None] * np.ones(14, np.float32)
     tokens[:, 2], tokens[:, 3] = tokens[:, 0], np.where(c[:, 0] > 0, 7, 9)
-    optimiser = vqgan.make_optimiser(args, 500)
+    optimiser = vqgan.make_optimiser(args, 600)
     state, step = vqgan.start(args, 14, optimiser, KEY), vqgan.make_step(args, optimiser)
-    for number in range(500):
-        rows = rng.integers(0, 4096, 128)
+    for number in range(600):
+        rows = rng.integers(0, 4096, 256)
         state, losses = step((tokens[rows], c[rows], KEY, np.int32(number)), state)
     found = np.asarray(jax.jit(lambda c: vqgan.generate_tokens(state.net, c, KEY, args))(c))
     for place in range(3):
