@@ -368,7 +368,8 @@ class Block(eqx.Module):
         return spline(x, self.numbers(x, near, e, total))
 
     def naive(self, y, near, e, total, count=None):
-        """x (B, D) of block(x) = y, right in the first `count` fibres: a full pass for each, of all fibres, as flow libraries do it."""
+        """x (B, D) of block(x) = y, right in the first `count` fibres of its order: a full pass for each, of all fibres, as flow libraries
+        do it."""
         pass_on = lambda _, x: inverse_spline(y, self.numbers(x, near, e, total))
         return jax.lax.fori_loop(0, y.shape[1] if count is None else count, pass_on, jnp.zeros_like(y))
 
