@@ -1,7 +1,9 @@
-"""What every script needs and no script is about: flags, files, checkpoints, logs, plots, timing and devices.
+"""What every script needs and no script is about: flags, files, checkpoints, log book, layers, plots, timing,
+devices.
 
-No network, no loss and no training loop stands here. Whatever can go wrong for a user (a flag, a file, a full disk)
-ends in one line on stderr and exit code 2; a file is written under another name first, so an old one is never lost.
+No model, no loss and no training loop stands here. Whatever can go wrong for a user (a flag, a file, a full
+disk) ends in one line on stderr and exit code 2; a file is written under another name first, so an old one is
+never lost.
 """
 import argparse
 import functools
@@ -9,7 +11,6 @@ import glob
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import platform
@@ -21,20 +22,21 @@ import zlib
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-VERSION = "0.1.0"
-FORMAT = "zdc-checkpoint-3"
-CHANNEL_NAMES = ("x < 0, y < 0", "x < 0, y > 0", "x > 0, y < 0", "x > 0, y > 0", "common")
+VERSION = "0.2.0"
+FORMAT = "zdc-checkpoint-4"
 
 
-# ---------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 class UserError(Exception):
     """What the user can put right. The message is one line that names the file or flag and what was expected."""
@@ -71,7 +73,7 @@ def check_finite(loss, step, checkpoint):
         raise Diverged(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
 
 
-# ----------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 def number(kind, low, high=math.inf):
     """An argparse type: a finite `kind` (int or float) with low <= value <= high."""
@@ -85,64 +87,90 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-# The shared flags: the same name, meaning and unit in every script. A script changes the defaults, not the meaning.
+# The shared flags: the same name, meaning and unit in every script. A script changes the defaults, not the
+# meaning.
 FLAGS = {
-    "detector": dict(choices=("zn", "zp"), default="zn", help="neutron or proton calorimeter"),
-    "data": dict(type=Path, metavar="PATH", help="HDF5 file, or the papers' npz pair; without it the open data set"),
-    "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the open data set; --data has its own"),
+    "detector": dict(choices=("zn", "zp"), default="zn", help="neutron (zn) or proton (zp) calorimeter"),
+    "data": dict(type=Path, metavar="PATH",
+                 help="train on this HDF5 file or folder with the papers' npz pair, instead of the open data set"),
+    "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the open data set"),
     "split": dict(choices=("rows", "particles"), default="rows",
-                  help="70:10:20 split into train, validation and test, by rows or by whole particles"),
+                  help="split 70:10:20 into train, validation and test by rows, or by whole particles"),
     "cond": dict(choices=("raw", "physics"), default="physics",
-                 help="condition on the nine features, or also on impact point and log energy"),
+                 help="condition on the nine features, or also on impact points and log energy"),
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
     "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS", help="responses per training step"),
-    "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate per step"),
-    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle", help="learning rate over the run"),
-    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="largest gradient norm"),
-    "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY", help="of the averaged weights, per step"),
+    "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate"),
+    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle",
+                     help="course of the learning rate over the run"),
+    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="gradients are scaled down to this norm"),
+    "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY",
+                help="decay per step of the moving average of the weights"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="fixes every random number of the run"),
     "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
-    "load": dict(type=Path, metavar="FILE", help="checkpoint to score or to generate with, instead of training"),
-    "resume": dict(action="store_true", help="continue the run that was cut off in --run"),
-    "generate": dict(type=Path, metavar="FILE", help="particle list to generate responses for; needs --out"),
-    "out": dict(type=Path, metavar="FILE", help="HDF5 file to write"),
-    "precision": dict(choices=("f32", "bf16"), default="f32", help="of the network in training; bf16 pays on accelerators only"),
+    "load": dict(type=Path, metavar="FILE", help="score or generate with this checkpoint, instead of training"),
+    "resume": dict(action="store_true", help="continue the run in --run where it was cut off"),
+    "validate": dict(action="store_true",
+                     help="score W and MAE on the validation rows only, to choose settings without the test rows"),
+    "generate": dict(type=Path, metavar="FILE", help="generate responses for this particle list; needs --out"),
+    "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
+    "precision": dict(choices=("f32", "bf16"), default="f32",
+                      help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices, over all hosts, that share a batch"),
-    "quiet": dict(action="store_true", help="no progress bars"),
+    "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run"),
 }
+TRAINING = ("cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, defaults that may depend on the detector, and the command line as `command`."""
+    """argparse with errors of one line, and with defaults and a loaded checkpoint resolved in one place."""
 
     def error(self, message):
         sys.exit(_fail(f"{message} (--help lists the flags)"))
 
     def parse_args(self, args=None, namespace=None):
+        """The resolved flags. Beside them: `command`, the whole line, and for a script that trains `header`:
+        the checkpoint's of --load, whose `own` flags and data are then in force, or what a new checkpoint
+        will begin with. A default that is a dict or a function is resolved by the detector or with the other
+        flags."""
         words = sys.argv[1:] if args is None else args
         args = super().parse_args(args, namespace)
         args.command = shlex.join(["python", f"{args.script}.py", *words])
+        if "load" in args:
+            self._check(args)
+        if getattr(args, "load", None):
+            args.header = read_model_header(args.load, args.script, args.detector, (*self.own, "cond", "n", "split"))
+            vars(args).update({name: args.header["flags"][name] for name in (*self.own, "cond", "n", "split")})
         for name, value in vars(args).items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and name != "header":
                 setattr(args, name, value[args.detector])
-        if getattr(args, "generate", None):
-            if not args.load:
-                self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-zn.eqx")
-            if not args.out:
-                self.error("--generate needs --out")
-        if getattr(args, "load", None) and args.resume:
-            self.error("--resume continues a training, it does not go with --load")
-        if "devices" in args and args.batch_size % args.devices:
-            self.error("--batch-size must be a multiple of --devices")
+            elif callable(value):
+                setattr(args, name, value(args))
+        if "load" in args and not args.load:
+            flags = {name: getattr(args, name) for name in (*self.own, *TRAINING)}
+            flags["data"] = str(args.data) if args.data else None
+            args.header = {"script": args.script, "detector": args.detector, "flags": flags}
         return args
 
+    def _check(self, args):
+        if args.generate and not args.load:
+            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-zn.eqx")
+        if args.generate and not args.out:
+            self.error("--generate needs --out")
+        if args.load and args.resume:
+            self.error("--resume continues a training, it does not go with --load")
+        if args.batch_size % args.devices:
+            self.error("--batch-size must be a multiple of --devices")
 
-def parser(doc, script=None, flags=tuple(FLAGS), **defaults):
-    """The command line of a script: the shared `flags` it has, with its own `defaults` and the text `doc` for --help.
 
-    A default may be a dict {"zn": ..., "zp": ...}. `script` (the running file's name if None) names the run folder
-    and stands in `args.script`, the whole line in `args.command`. The script adds its own flags with `add_argument`.
+def parser(doc, script=None, flags=tuple(FLAGS), own=(), **defaults):
+    """The command line of a script: the shared `flags` it has, with its own `defaults` and the text `doc` for
+    --help.
+
+    A default may be a dict {"zn": ..., "zp": ...}, or a function of the parsed flags. `script` (the running
+    file's name if None) names the run folder. The script adds its own flags with `add_argument`; those named
+    in `own` decide what is trained: they are kept in checkpoints, and --load brings them back.
     """
     if unknown := defaults.keys() - set(flags):
         raise TypeError(f"defaults for flags that the script does not have: {unknown}")
@@ -150,29 +178,46 @@ def parser(doc, script=None, flags=tuple(FLAGS), **defaults):
     defaults = {"run": {name: Path("runs", f"{script}-{name}") for name in FLAGS["detector"]["choices"]}} | defaults
     result = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     result.set_defaults(script=script)
+    result.own = own
     for name in flags:
         options = FLAGS[name] | ({"default": defaults[name]} if name in defaults else {})
         default = options.get("default")
         if isinstance(default, dict):
             default = ", ".join(f"{detector} {value}" for detector, value in default.items())
-        if default is not None:
+        if default not in (None, False):
             options["help"] += f" (default: {default})"
         result.add_argument("--" + name.replace("_", "-"), **options)
     return result
 
 
-def with_flags(args, **changed):
-    """A copy of the parsed flags with some of them changed."""
-    return argparse.Namespace(**vars(args) | changed)
+class Plan(NamedTuple):
+    """How a network is trained: the shared flags of training, and the `header` of the checkpoint, a dict."""
+    header: dict
+    run: Path
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    clip: float
+    ema: float
+    precision: str
+    seed: int
+    devices: int
+    resume: bool
+    quiet: bool
+
+    @property
+    def keys(self):
+        """(key of the initial weights, key of the noise in training)."""
+        return jax.random.split(jax.random.key(self.seed))
 
 
-def training_flags(args, *own):
-    """{flag: value} of those that decide what is trained, for the header of a checkpoint: the shared ones and a script's `own`."""
-    names = (*own, "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision")
-    return {name: getattr(args, name) for name in names} | {"data": str(args.data) if args.data else None}
+def plan(args):
+    """The Plan of the parsed flags."""
+    return Plan(*(getattr(args, name) for name in Plan._fields))
 
 
-# ----------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 def first_host_only(write):
     """Decorator: in a run over several hosts all compute the same numbers, and the first host alone writes them."""
@@ -193,10 +238,12 @@ def _writing(path):
 
 @contextmanager
 def write_atomic(path):
-    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and vanishes if it fails.
+    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and vanishes if it
+    fails.
 
-    A kill or a full disk in the middle leaves the old file as it was. UserError if `path` is a folder or a device,
-    and for every OSError on the way. HDF5 files go through data.save_blocks, since HDF5 crashes after a failed write.
+    A kill or a full disk in the middle leaves the old file as it was. UserError if `path` is a folder or a
+    device, and for every OSError on the way. HDF5 files go through data.save_blocks, since HDF5 crashes after
+    a failed write.
     """
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
     if path.exists() and not path.is_file():
@@ -266,9 +313,10 @@ def cut_log(folder, step=-1):
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
-# One JSON line, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No pickle, so a checkpoint
-# from a stranger can be loaded; a checksum in the JSON line finds every truncated, extended or altered file.
+# ------------------------------------------------------------------------------------------------ checkpoints
+# One JSON line, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No pickle, so a
+# checkpoint from a stranger can be loaded; a checksum in the JSON line finds every truncated, extended or
+# altered file.
 
 def cast(tree, dtype):
     """`tree` with its floating-point arrays, or their shapes, in another type."""
@@ -279,43 +327,17 @@ def cast(tree, dtype):
     return jax.tree.map(change, tree)
 
 
-PAIRS = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "lc": 1, "lp": 1, "pb": 1}]}      # of bytes
-LEVELS = 64                                  # of a small checkpoint per root mean square of a row: 8.5 bits a weight compressed, error 0.45 %
-
-
-def _is_matrix(leaf):
-    return getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _coded(matrix):
-    """(step (..., 1) float32, whole numbers (..., N) int16) whose product is nearly `matrix` (..., N)."""
-    matrix = np.asarray(matrix, np.float32)
-    step = np.sqrt(np.mean(np.square(matrix), axis=-1, keepdims=True)) / LEVELS
-    return step, np.round(matrix / np.where(step, step, 1)).astype(np.int16)
-
-
-def _half_vectors(tree):
-    return jax.tree.map(lambda leaf: leaf if _is_matrix(leaf) else cast(leaf, np.float16), tree)
-
-
-def rounded(tree):
-    """`tree` with its numbers as a checkpoint with small=True keeps them: float16; in matrices multiples of a step of each row."""
-    coarse = jax.tree.map(lambda leaf: jnp.asarray(math.prod(_coded(leaf))) if _is_matrix(leaf) else leaf, tree)
-    return cast(_half_vectors(coarse), np.float32)
+def lower(net, precision):
+    """The network in the number format of --precision, f32 or bf16."""
+    return cast(net, jnp.bfloat16) if precision == "bf16" else net
 
 
 @first_host_only
-def save_checkpoint(path, header, tree, small=False):
-    """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`.
-
-    `small`: about a quarter of the size; loaded again it is `rounded(tree)`.
-    """
-    leaves, tree = io.BytesIO(), jax.device_get(tree)
-    if small:
-        eqx.tree_serialise_leaves(leaves, _half_vectors(tree), filter_spec=_save_small_leaf)
-    else:
-        eqx.tree_serialise_leaves(leaves, tree, filter_spec=_save_leaf)
-    header = plain({"format": FORMAT, "small": small} | header | {"versions": versions()})
+def save_checkpoint(path, header, tree):
+    """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`."""
+    leaves = io.BytesIO()
+    eqx.tree_serialise_leaves(leaves, jax.device_get(tree), filter_spec=_save_leaf)
+    header = plain({"format": FORMAT} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
     with write_atomic(path) as temporary:
         temporary.write_bytes(line.encode() + b"\n" + leaves.getvalue())
@@ -326,19 +348,27 @@ def read_header(path, script=None, detector=None):
     return _read_checkpoint(path, script, detector)[0]
 
 
-def load_checkpoint(path, like, script=None, detector=None):
-    """(header, tree) of a checkpoint; the leaves of `like`, a tree made by the same code, are replaced by those saved.
+def read_model_header(path, script, detector, flags):
+    """The header of a trained model's checkpoint. UserError for the state of a run, or where one of `flags` is missing."""
+    header = read_header(path, script, detector)
+    if "scaler" not in header:
+        raise UserError(f"{path}: the state of a run, expected its model.eqx")
+    if missing := [name for name in flags if name not in header["flags"]]:
+        raise UserError(f"{path}: made by another version, without --{missing[0]}")
+    return header
 
-    UserError if the file is missing or damaged, if it is of another `script` or `detector`, or if it holds other
-    arrays than `like`.
+
+def load_checkpoint(path, like, script=None, detector=None):
+    """(header, tree) of a checkpoint; the leaves of `like`, a tree made by the same code, are replaced by
+    those saved.
+
+    UserError if the file is missing or damaged, if it is of another `script` or `detector`, or if it holds
+    other arrays than `like`.
     """
     header, leaves = _read_checkpoint(path, script, detector)
     stream = io.BytesIO(leaves)
     try:
-        if header.get("small"):
-            tree = cast(eqx.tree_deserialise_leaves(stream, _half_vectors(like), filter_spec=_load_small_leaf), np.float32)
-        else:
-            tree = eqx.tree_deserialise_leaves(stream, like, filter_spec=_load_leaf)
+        tree = eqx.tree_deserialise_leaves(stream, like, filter_spec=_load_leaf)
     except RuntimeError as error:
         raise UserError(f"{path}: holds other arrays than this model and these flags expect: {error}") from error
     if stream.read(1):
@@ -346,13 +376,30 @@ def load_checkpoint(path, like, script=None, detector=None):
     return header, tree
 
 
+def save_model(run, header, scaler, scores, net):
+    """Write model.eqx into the folder `run`, in float16; returns the network as it is kept there, in float32.
+
+    `header`: script, detector and flags; `scaler`: of the conditions; `scores`: what the Logbook found."""
+    header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores}
+    half = cast(net, jnp.float16)
+    save_checkpoint(run / "model.eqx", header, half)
+    return cast(half, jnp.float32)
+
+
+def load_model(path, make):
+    """The network of a checkpoint written by `save_model`; `make(key)` builds one of the same shapes."""
+    like = cast(eqx.filter_eval_shape(make, jax.random.key(0)), jnp.float16)   # compiles nothing
+    return cast(load_checkpoint(path, like)[1], jnp.float32)
+
+
 def resume(path, header, like):
-    """load_checkpoint of the state of a run that was cut off; UserError if its script, detector, flags or rows differ from
-    those of `header`, which this run saves with its own states."""
+    """load_checkpoint of the state of a run that was cut off; UserError if its script, detector, flags or
+    rows differ from those of `header`, which this run saves with its own states."""
     found, tree = load_checkpoint(path, like, header["script"], header["detector"])
-    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != value]
+    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != plain(value)]
     if changed or found["rows"] != header["rows"]:
-        raise UserError(f"{path}: --resume needs the flags of the first run; different: {', '.join(changed) or 'rows of the data'}")
+        different = ", ".join(changed) or "rows of the data"
+        raise UserError(f"{path}: --resume needs the flags of the first run; different: {different}")
     return found, tree
 
 
@@ -394,121 +441,7 @@ def _load_leaf(file, leaf):
     return eqx.default_deserialise_filter_spec(file, leaf)
 
 
-def _save_small_leaf(file, leaf):
-    """A matrix as its steps and its whole numbers, compressed."""
-    if not _is_matrix(leaf):
-        return _save_leaf(file, leaf)
-    step, whole = _coded(leaf)
-    np.save(file, step)
-    np.save(file, np.frombuffer(lzma.compress(whole.astype(">i2").tobytes(), **PAIRS), np.uint8))
-
-
-def _load_small_leaf(file, leaf):
-    if not _is_matrix(leaf):
-        return _load_leaf(file, leaf)
-    step, packed = np.load(file), np.load(file)
-    whole = np.frombuffer(lzma.decompress(packed.tobytes(), **PAIRS), ">i2").astype(np.float32)
-    if step.shape != (*leaf.shape[:-1], 1) or whole.size != math.prod(leaf.shape):
-        raise RuntimeError(f"a matrix of {whole.size} numbers in {step.size} rows, expected the shape {leaf.shape}")
-    return jnp.asarray(step * whole.reshape(leaf.shape))
-
-
-# ----------------------------------------------------------------------------------------------------------- plots
-
-def _figure(rows, columns, width, height):
-    """A matplotlib figure and its (rows, columns) axes, each width x height inches, without any global state."""
-    from matplotlib.figure import Figure  # 0.5 s to import: only where something is drawn
-    figure = Figure(figsize=(columns * width + 1, rows * height + 0.5), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-@first_host_only
-def _save_figure(path, figure):
-    with write_atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def plot_samples(path, rows, titles):
-    """Draw responses, one row of pictures for each entry of `rows`, {"data": (K, H, W) counts, "model": ...}.
-
-    `titles`: K texts above the columns. Colours are logarithmic and shared in a column; no photon is black.
-    """
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-    _, height, width = np.shape(next(iter(rows.values())))
-    figure, axes = _figure(len(rows), len(titles), 1.7, 1.7 * width / height)
-    for column, title in enumerate(titles):
-        peak = max(np.max(responses[column]) for responses in rows.values())
-        norm = LogNorm(0.5, max(peak, 2))  # from 0.5, so that a single photon is not black
-        for axis, (name, responses) in zip(axes[:, column], rows.items()):
-            image = axis.imshow(np.asarray(responses[column]).T, norm=norm, origin="lower",  # (H, W) is (x, y)
-                                cmap=colormaps["inferno"].with_extremes(bad="black"))
-            axis.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
-        axes[0, column].set_title(title, fontsize=8)
-        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=12, ticks=(1, 10, 100), format="%d")
-        bar.set_label("photons", fontsize=8)
-        bar.minorticks_off()
-    _save_figure(path, figure)
-
-
-def plot_channels(path, real, generated):
-    """Draw the histograms of the five channels, (N, 5) photon sums each, as Fig. 9 of the flow matching paper (Wojnar).
-
-    The bins follow the real data; the last one also holds what the model put beyond.
-    """
-    figure, axes = _figure(1, len(CHANNEL_NAMES), 2.6, 2.4)
-    for axis, name, a, b in zip(axes[0], CHANNEL_NAMES, np.asarray(real).T, np.asarray(generated).T):
-        bins = np.linspace(0, 1.1 * max(a.max(), 1), 61)
-        axis.hist(a, bins, density=True, log=True, color="0.75", label="data")
-        axis.hist(np.clip(b, 0, bins[-1]), bins, density=True, log=True, histtype="step", label="model")
-        axis.set(title=name, xlabel="photons")
-    axes[0, 0].set_ylabel("density")
-    axes[0, 0].legend()
-    _save_figure(path, figure)
-
-
-@first_host_only
-def plot_training(path, records):
-    """Draw every number in the `records` of a log (see `read_log`), at least one, against the step, one panel each."""
-    names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "step"]
-    figure, axes = _figure(1, len(names), 3, 2.4)
-    for axis, name in zip(axes[0], names):
-        values = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
-        axis.plot(*zip(*values), marker="." if len(values) < 20 else "")
-        axis.set(title=name, xlabel="step")
-    _save_figure(path, figure)
-
-
-def plot_sweep(path, points):
-    """Draw the score W against what a sampler is given: its steps and the time they take, eta, temperature.
-
-    `points`: dicts with "steps", "W", "ms_per_response", where there are several curves their "label" and, where the simulator
-    can be run again, "oracle". A panel holds the curves that differ in its quantity from point to point.
-    """
-    curves = {}
-    for point in points:
-        curves.setdefault(point.get("label"), []).append(point)
-    differ = lambda name: [label for label, curve in curves.items() if len({point.get(name) for point in curve}) > 1]
-    steps, eta, temperature = (differ(name) for name in ("steps", "eta", "temperature"))
-    panels = [("steps", steps), ("ms_per_response", steps), ("eta", eta), ("temperature", temperature)]
-    panels = [panel for panel in panels if panel[1]] or [("steps", list(curves))]
-    figure, axes = _figure(1, len(panels), 3.4, 2.6)
-    for axis, (name, labels) in zip(axes[0], panels):
-        for label in labels:
-            axis.plot(*zip(*[(point[name], point["W"]) for point in curves[label]]), marker="o", label=label or "model")
-        if "oracle" in points[0]:
-            axis.axhline(points[0]["oracle"], color="0.5", linestyle="--", label="oracle")
-        axis.set(xscale="log" if name in ("steps", "ms_per_response") else "linear", xlabel=name.replace("_", " "), ylabel="W")
-        axis.set_ylim(bottom=0)
-        ticks = [point[name] for point in curves[labels[0]]]
-        axis.set_xticks(ticks, [f"{tick:.2g}" if name == "ms_per_response" else f"{tick:g}" for tick in ticks], fontsize=7)
-        axis.minorticks_off()
-        if name != "ms_per_response":                                          # it has the curves of the panel before
-            axis.legend()
-    _save_figure(path, figure)
-
-
-# ---------------------------------------------------------------------------------------------- progress and timing
+# -------------------------------------------------------------------------------------- progress and log book
 
 def progress(what, label, quiet=False):
     """`what`, an iterable or a number of rounds, with a bar that shows the remaining time; none if `quiet`."""
@@ -517,22 +450,22 @@ def progress(what, label, quiet=False):
     return tqdm(rounds, desc=label, disable=quiet, mininterval=interval, dynamic_ncols=True)
 
 
-LOGGED = 50                                    # steps from one line of log.jsonl to the next
+LOGGED = 50  # steps from one line of log.jsonl to the next
 
 
 class Logbook:
-    """The book that a training loop keeps: a progress bar, log.jsonl every LOGGED steps and its picture, the state once a minute
-    and at the end.
+    """The book that a training loop keeps: a progress bar, log.jsonl every LOGGED steps and its picture, the
+    state once a minute and at the end.
 
-    `header` stands before each saved state and holds its "script", "detector", "flags" and "rows", which --resume wants
-    unchanged. `step` counts the steps done, out of `steps`. Used in a `with`, so that the bar is closed before an error is told.
+    Each saved state has the header of the `plan` and the number of training `rows`, which --resume wants
+    unchanged. `step` counts the steps done, out of `steps`. Used in a `with`, so that the bar is closed
+    before an error is told.
     """
 
-    def __init__(self, args, header, steps):
-        self.args, self.header, self.steps, self.path = args, header, steps, args.run / "state.eqx"
-        self.step, self.before, self.checkpoint = 0, 0.0, None
-        label = f"training {header['script']} on {header['detector']}"
-        self.bar = progress(steps, label, args.quiet)
+    def __init__(self, plan, rows, steps):
+        self.plan, self.header, self.steps = plan, plan.header | {"rows": rows}, steps
+        self.path, self.step, self.before, self.checkpoint = plan.run / "state.eqx", 0, 0.0, None
+        self.bar = progress(steps, f"training {plan.header['script']} on {plan.header['detector']}", plan.quiet)
 
     def __enter__(self):
         return self
@@ -542,17 +475,17 @@ class Logbook:
 
     def begin(self, state):
         """The state to start from: `state` itself or, with --resume, the saved one, a tree of the same shapes."""
-        if self.args.resume:
+        if self.plan.resume:
             found, state = resume(self.path, self.header, state)
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
-        cut_log(self.args.run, self.step if self.args.resume else -1)
+        cut_log(self.plan.run, self.step if self.plan.resume else -1)
         self.bar.update(self.step)
         self.began = self.saved = time.perf_counter()
         return state
 
     def record(self, state, losses):
-        """To be called after each step with its state and its losses, a dict of scalars, which the device is asked for only
-        now and then. Diverged if one is not finite."""
+        """To be called after each step with its state and its losses, a dict of scalars, which the device is
+        asked for only now and then. Diverged if one is not finite."""
         self.step += 1
         self.bar.update()
         if self.step % LOGGED and self.step < self.steps:
@@ -561,48 +494,153 @@ class Logbook:
         now = time.perf_counter()
         here = {"step": self.step, "seconds": self.before + now - self.began}
         check_finite(sum(losses.values()), self.step, self.checkpoint)
-        log_line(self.args.run, here | losses)
+        log_line(self.plan.run, here | losses)
         if now - self.saved > 60 or self.step == self.steps:
             save_checkpoint(self.path, self.header | here, state)
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
-        """Draws training.png. {"train_seconds": of this run and those before, "step_seconds": median, None without two lines in
-        the log}."""
-        lines = read_log(self.args.run)
-        if lines:
-            plot_training(self.args.run / "training.png", lines)
+        """{"train_seconds": of this run and those before, "step_seconds": median,
+        None without two lines in the log}."""
+        lines = read_log(self.plan.run)
         per_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines)]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
 
-BATCHES = 1, 32, 256, 1024, 8192, 16384   # to time where a response costs little (paper 001, Table 3)
+# ---------------------------------------------------------------------- layers, optimiser, batches and blocks
+
+def normal(key, *shape, scale=None):
+    """Normal weights (..., inputs, outputs), of variance 1 / fan-in or of standard deviation `scale`."""
+    return jax.random.normal(key, shape) * (math.prod(shape[:-1]) ** -0.5 if scale is None else scale)
 
 
-def time_sampler(sample, sizes, repeats=5):
-    """Time `sample(batch_size) -> array`: {"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}}.
+class Linear(eqx.Module):
+    """A linear layer on the last axis, (..., inputs) -> (..., outputs), in the number format of its weights.
 
-    The first call of each size compiles; then the median of `repeats` calls counts, each waited for to its end.
-    compile_seconds is what the first call took longer than that.
+    Its first weights, times `scale`, are uniform as in eqx.nn.Linear; without a bias, normal of variance 1 /
+    inputs. One product for all axes: vmap over eqx.nn.Linear is twice as slow on a CPU.
     """
-    times = {size: [_seconds(sample, size) for _ in range(1 + repeats)] for size in sizes}
+    weight: jax.Array
+    bias: jax.Array | None
+
+    def __init__(self, inputs, outputs, key, scale=1.0, bias=True):
+        layer = eqx.nn.Linear(inputs, outputs, key=key) if bias else None
+        self.weight = scale * (layer.weight if bias else normal(key, inputs, outputs).T)
+        self.bias = layer.bias if bias else None
+
+    def __call__(self, x):
+        x = x.astype(self.weight.dtype) @ self.weight.T
+        return x if self.bias is None else x + self.bias
+
+
+class MLP(eqx.Module):
+    """Linear layers with SiLU between them, on the last axis: (..., widths[0]) -> (..., widths[-1])."""
+    layers: list
+
+    def __init__(self, key, *widths):
+        self.layers = [Linear(*pair, k) for k, pair in zip(jax.random.split(key, len(widths)), zip(widths, widths[1:]))]
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = jax.nn.silu(layer(x))
+        return self.layers[-1](x)
+
+
+def normalise(h):
+    """Root-mean-square norm over the last axis."""
+    return h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+
+
+class State(eqx.Module):
+    """What a training step changes: the network, the moving average of its weights, the state of the optimiser."""
+    net: eqx.Module
+    ema: eqx.Module
+    optimiser: optax.OptState
+
+
+def first_state(net, optimiser):
+    """The State before the first step."""
+    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)  # a copy: a step gives its buffers away
+    return State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+
+
+def moving_average(ema, net, decay, step):
+    """`ema` after a step, 0 the first, that ended in `net`: ema <- decay ema + (1 - decay) net, faster at first."""
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    mix = lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(old) else old
+    return jax.tree.map(mix, ema, net)
+
+
+def adamw(plan, steps, **options):
+    """AdamW behind a clip of the gradient norm; the learning rate ends near 0 after `steps` steps."""
+    schedule = (optax.cosine_onecycle_schedule(steps, plan.lr, 0.1, 10, 100) if plan.schedule == "onecycle"
+                else optax.cosine_decay_schedule(plan.lr, steps))
+    options = {"b2": 0.99, "weight_decay": 1e-4} | options
+    return optax.chain(optax.clip_by_global_norm(plan.clip), optax.adamw(schedule, **options))
+
+
+def shuffled(rows, size, rng):
+    """Index arrays (size,) that visit `rows` once in random order; the last short batch is dropped."""
+    order = rng.permutation(rows)
+    return order[:len(order) // size * size].reshape(-1, size)
+
+
+def batches(arrays, rows, plan, mesh, start=0):
+    """Yield the batches of a whole training from the step `start` on: the given `rows` of each of `arrays`
+    (N, ...), in an order that --seed and the epoch fix, as tuples of arrays (batch_size, ...) spread over the
+    hosts and devices of `mesh`.
+    """
+    per_epoch = len(rows) // plan.batch_size
+    for epoch in range(start // per_epoch, plan.epochs):
+        order = shuffled(rows, plan.batch_size, np.random.default_rng([plan.seed, epoch]))
+        for batch in order[start % per_epoch if epoch == start // per_epoch else 0:]:
+            here = np.split(batch, jax.process_count())[jax.process_index()]  # the rows of this host
+            yield shard_batch(tuple(array[here] for array in arrays), mesh)
+
+
+BLOCK = 256  # responses per call when many are made; larger blocks leave a CPU's cache
+
+
+def in_blocks(function, key, *arrays):
+    """function(*blocks, key) over the rows of `arrays` (N, ...), BLOCK at a time with a key of its own: an
+    array (N, ...). The last block is filled up with zeros, so that a compiled function meets one shape."""
+    rows, found = len(arrays[0]), []
+    for start in range(0, rows, BLOCK):
+        blocks = [array[start:start + BLOCK] for array in arrays]
+        short = BLOCK - len(blocks[0])
+        blocks = [np.pad(block, [(0, short)] + [(0, 0)] * (block.ndim - 1)) for block in blocks]
+        found.append(np.asarray(function(*blocks, jax.random.fold_in(key, start)))[:BLOCK - short])
+    return np.concatenate(found)
+
+
+# ---------------------------------------------------------------------------------------------- time and cost
+
+BATCHES = 1, 32, 256, 1024, 8192, 16384  # to time where a response costs little [Poster, Table 3]
+
+
+def time_sampler(draw, width, sizes, repeats=5):
+    """Time draw(c (size, width), key) on a batch of each of `sizes`, on a CPU in blocks as responses are
+    generated: {"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}}.
+
+    The first call of each size compiles; then the median of `repeats` calls counts, each waited for to its
+    end. compile_seconds is what the first call took longer than that.
+    """
+    key, blocked = jax.random.key(0), lambda c, key: in_blocks(draw, key, c)
+    times = {}
+    for size in sizes:
+        call = blocked if size > BLOCK and jax.default_backend() == "cpu" else draw
+        times[size] = [seconds(call, np.zeros((size, width), np.float32), key) for _ in range(1 + repeats)]
     medians = {size: float(np.median(t[1:])) for size, t in times.items()}
     return {"ms_per_response": {str(size): 1e3 * medians[size] / size for size in sizes},
             "compile_seconds": {str(size): max(times[size][0] - medians[size], 0.0) for size in sizes}}
 
 
-def _seconds(function, *arguments):
+def seconds(function, *arguments):
+    """What a call takes, waited for to its end."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
-
-
-def race(functions, repeats=3):
-    """Seconds of each function() in the dict `functions`, the fastest of `repeats`, called in turn so that all see the same
-    machine; a first round compiles and does not count."""
-    rounds = [{name: _seconds(function) for name, function in functions.items()} for _ in range(1 + repeats)]
-    return {name: min(seconds[name] for seconds in rounds[1:]) for name in functions}
 
 
 def print_rows(rows):
@@ -615,8 +653,8 @@ def print_rows(rows):
 
 
 def network_cost(net, *inputs):
-    """{"parameters", "mflop"}: trainable numbers, and 10^6 floating-point operations of net(*inputs) as XLA counts them.
-    `inputs` are the shapes of one example's."""
+    """{"parameters", "mflop"}: trainable numbers, and 10^6 floating-point operations of net(*inputs) as XLA
+    counts them. `inputs` are the shapes of one example's."""
     arrays, rest = eqx.partition(net, eqx.is_array)
     inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in inputs]
     call = jax.jit(lambda arrays, *inputs: eqx.combine(arrays, rest)(*inputs))
@@ -628,7 +666,7 @@ def count_parameters(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
 
 
-# ---------------------------------------------------------------------------------------------- machine and devices
+# ---------------------------------------------------------------------------------------- machine and devices
 
 def versions():
     """{"zdc": ..., "python": ..., "jax": ..., ...}: what made a result."""
@@ -666,11 +704,18 @@ def enable_compilation_cache():
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # and a script is many small functions
 
 
+def prepare_jax():
+    """What a run needs before JAX is first used: its hosts and the cache of compiled code."""
+    initialize_hosts()
+    enable_compilation_cache()
+
+
 def initialize_hosts():
     """Join the hosts of one run, if these are set; call it before JAX is first used.
 
-    ZDC_COORDINATOR: host:port of the first host; ZDC_PROCESSES: how many hosts; ZDC_PROCESS_ID: this one's number,
-    from 0. UserError if only some are set. Every host then runs the same command; the first writes the files.
+    ZDC_COORDINATOR: host:port of the first host; ZDC_PROCESSES: how many hosts; ZDC_PROCESS_ID: this one's
+    number, from 0. UserError if only some are set. Every host then runs the same command; the first writes
+    the files.
     """
     names = ("ZDC_COORDINATOR", "ZDC_PROCESSES", "ZDC_PROCESS_ID")
     values = [os.environ.get(name) for name in names]

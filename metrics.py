@@ -2,14 +2,14 @@
 
     python metrics.py real.h5 generated.h5 [more generations] [--oracle FILE ...] [--json FILE] [--no-classifier]
 
-Row i of each file holds a response to the same particle. Notation: w (N, 5) are the channel sums of the real responses,
-w^ (N, 5) those of the generated ones, n_k the number of rows of the unique particle k. Several generations are scored
-one by one: a value is the mean of their scores, a spread their standard deviation (the "average of five runs" of arXiv
-2507.18811, not its code's one histogram of five pooled runs). Every score stands beside its oracle, the same score of
-the simulator run again, and R = value / oracle; without an oracle beside the paired half-against-half floor.
+Row i of each file holds a response to the same particle. Notation: w (N, 5) are the channel sums of the real
+responses, w^ (N, 5) those of the generated ones, n_k the number of rows of the unique particle k. Several
+generations are scored one by one: a value is the mean of their scores, a spread their standard deviation (the
+"average of five runs" of arXiv 2507.18811, not its code's one histogram of five pooled runs). Every score
+stands beside its oracle, the same score of the simulator run again, and R = value / oracle; without an oracle
+beside the paired half-against-half floor.
 """
 import itertools
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +23,8 @@ import optax
 
 import common
 import data
+import plots
+import simulator
 
 CHUNK = 2048  # rows converted to float32 at a time: 16 MB
 SHAPES = ("x", "y", "radius", "lit", "peak", "sum")
@@ -34,18 +36,18 @@ TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives
 LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
 BOOTSTRAPS = 1000
 GENERATIONS = 5  # of the test set, as in the papers
-BLOCK = 256  # responses per call when a set is generated; larger ones leave a CPU's cache
 FLOORS = 2  # random pairings that the half-against-half floor averages
-# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of one class.
+# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of
+# one class.
 CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
 ADAM = optax.adam(CLASSIFIER["learning_rate"])
 
 
-# ----------------------------------------------------------------------------- what is measured on one set of responses
+# ------------------------------------------------------------------- what is measured on one set of responses
 
 class Sample(NamedTuple):
-    """Responses (N, H, W) with channels (N, 5) in photons, shapes (N, 6) in the order SHAPES (fibres and photons), and
-    spectrum (K,), the number of pixels that hold 0, 1, 2, ... photons."""
+    """Responses (N, H, W) with channels (N, 5) in photons, shapes (N, 6) in the order SHAPES (fibres and
+    photons), and spectrum (K,), the number of pixels that hold 0, 1, 2, ... photons."""
     responses: np.ndarray
     channels: np.ndarray
     shapes: np.ndarray
@@ -53,9 +55,9 @@ class Sample(NamedTuple):
 
 
 def channel_weights(shape, convention="papers"):
-    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=, y<), (x>=,
-    y>=), then the common channel. "papers": even i + j to the quadrants, odd to the common channel; "o2": the
-    reverse."""
+    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=,
+    y<), (x>=, y>=), then the common channel. "papers": even i + j to the quadrants, odd to the common
+    channel; "o2": the reverse."""
     if convention not in ("papers", "o2"):
         raise common.UserError(f"unknown channel convention {convention!r}, expected papers or o2")
     i, j = np.indices(shape)
@@ -75,8 +77,8 @@ def channels(responses, convention="papers"):
 
 
 def pixel_counts(responses):
-    """How many pixels of responses (N, H, W) hold 0, 1, 2, ... photons, int64 (K,); numbers that are not whole are
-    rounded. UserError on negative or non-finite values."""
+    """How many pixels of responses (N, H, W) hold 0, 1, 2, ... photons, int64 (K,); numbers that are not
+    whole are rounded. UserError on negative or non-finite values."""
     counts = np.zeros(LARGEST + 1, np.int64)
     for k in range(0, len(responses), CHUNK):
         chunk = responses[k:k + CHUNK]
@@ -91,8 +93,8 @@ def pixel_counts(responses):
 
 
 def summarise(responses, convention="papers"):
-    """Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius is the rms
-    distance from it; both are 0 for an empty response. UserError on negative or non-finite values."""
+    """Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius is
+    the rms distance from it; both are 0 for an empty response. UserError on negative or non-finite values."""
     responses = np.asarray(responses)  # a JAX array would be slow below
     height, width = responses.shape[1:]
     counts = pixel_counts(responses)
@@ -119,14 +121,16 @@ def take(sample, rows):
     return Sample(responses, sample.channels[rows], sample.shapes[rows], pixel_counts(responses))
 
 
-# ------------------------------------------------------------------------------------------------------ marginal scores
+# -------------------------------------------------------------------------------------------- marginal scores
 
 def wasserstein(real, generated):
-    """Mean over the columns of the 1-Wasserstein distance, int_0^1 |F^-1(z) - F^^-1(z)| dz (arXiv 2507.18811 Eq. 1).
-    real (N,) or (N, C), generated (M,) or (M, C); N and M may differ; exact, in the units of the input."""
+    """Mean over the columns of the 1-Wasserstein distance, int_0^1 |F^-1(z) - F^^-1(z)| dz (arXiv 2507.18811
+    Eq. 1). real (N,) or (N, C), generated (M,) or (M, C); N and M may differ; exact, in the units of the
+    input."""
     u, v = (np.sort(np.asarray(a, np.float64).reshape(len(a), -1), axis=0) for a in (real, generated))
     n, m = len(u), len(v)
-    # Both quantile functions are steps: they change at multiples of 1 / N and 1 / M, here in units of 1 / (N M).
+    # Both quantile functions are steps: they change at multiples of 1 / N and 1 / M, here in units of 1 / (N
+    # M).
     edges = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     widths = np.diff(edges, prepend=0) / (n * m)
     return float((widths @ np.abs(u[(edges - 1) // m] - v[(edges - 1) // n])).mean())
@@ -138,8 +142,9 @@ def mae(real, generated):
 
 
 def rmse(real, generated):
-    """sqrt(mean over rows of sum over pixels of (R - R^)^2) for responses (N, H, W) whose rows match. The sum over the
-    pixels is what the published 59.87 holds, although Eq. 15 of the paper divides by their number."""
+    """sqrt(mean over rows of sum over pixels of (R - R^)^2) for responses (N, H, W) whose rows match. The sum
+    over the pixels is what the published 59.87 holds, although Eq. 15 of the paper divides by their
+    number."""
     total = 0.0
     for k in range(0, len(real), CHUNK):
         difference = real[k:k + CHUNK].astype(np.float32) - generated[k:k + CHUNK].astype(np.float32)
@@ -148,24 +153,24 @@ def rmse(real, generated):
 
 
 def shower_shape(real, generated):
-    """1-Wasserstein distance of each column of shapes (N, 6), (M, 6) in units of the real standard deviation; a dict
-    by SHAPES. A column that does not vary in the real data is taken as it is."""
+    """1-Wasserstein distance of each column of shapes (N, 6), (M, 6) in units of the real standard deviation;
+    a dict by SHAPES. A column that does not vary in the real data is taken as it is."""
     scale = real.std(axis=0)
     scale[scale == 0] = 1
     return {name: wasserstein(real[:, k], generated[:, k]) / scale[k] for k, name in enumerate(SHAPES)}
 
 
 def spectrum(real, generated):
-    """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values, brought to unit sums;
-    the empty pixels are one of the bins. 0 equal, 1 disjoint."""
+    """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values, brought to
+    unit sums; the empty pixels are one of the bins. 0 equal, 1 disjoint."""
     a, b = (np.pad(h, (0, max(len(real), len(generated)) - len(h))) / max(h.sum(), 1) for h in (real, generated))
     used = a + b > 0
     return float(0.5 * ((a - b)[used]**2 / (a + b)[used]).sum())
 
 
-# --------------------------------------------------------------------------------------------------- conditional scores
-# ids (N,) number the unique particles 0 .. U - 1. Each function returns one term for each particle, (U,); the score is
-# weighted_mean(terms, particle_weights(ids, name)), and the bootstrap draws terms again.
+# ----------------------------------------------------------------------------------------- conditional scores
+# ids (N,) number the unique particles 0 .. U - 1. Each function returns one term for each particle, (U,); the
+# score is weighted_mean(terms, particle_weights(ids, name)), and the bootstrap draws terms again.
 
 def particle_means(values, ids):
     """Mean of values (N, C) over the rows of each particle, float64 (U, C)."""
@@ -195,8 +200,9 @@ def weighted_mean(terms, weights):
 
 
 def mae_particles(real, generated, ids):
-    """|mean w - mean w^|, means over the rows of each particle, averaged over the channels; w, w^ (N, 5). The terms of
-    MAE_c, MAE_cw (arXiv 2512.20346, p = 1 and p = n) and MAE_cond (arXiv 2608.12795 Eq. 3, p = log(1 + n))."""
+    """|mean w - mean w^|, means over the rows of each particle, averaged over the channels; w, w^ (N, 5). The
+    terms of MAE_c, MAE_cw (arXiv 2512.20346, p = 1 and p = n) and MAE_cond (arXiv 2608.12795 Eq. 3, p = log(1
+    + n))."""
     return np.abs(particle_means(real, ids) - particle_means(generated, ids)).mean(axis=1)
 
 
@@ -209,10 +215,10 @@ def weighted_median(values, weights):
 
 
 def dispersion(real, generated, ids, pdg):
-    """delta of arXiv 2608.12795 Eq. 4-6: |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau), averaged over the channels; w, w^ (N,
-    5), pdg (N,). MAD = median |w - median w| of a particle is shrunk to its type, MAD~ = a MAD + (1 - a) MAD_type with
-    a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the median, weighted by log(1 + n), of the
-    real MADs of its particles with n >= 5."""
+    """delta of arXiv 2608.12795 Eq. 4-6: |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau), averaged over the channels;
+    w, w^ (N, 5), pdg (N,). MAD = median |w - median w| of a particle is shrunk to its type, MAD~ = a MAD + (1
+    - a) MAD_type with a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the median,
+    weighted by log(1 + n), of the real MADs of its particles with n >= 5."""
     counts = np.bincount(ids)
     types = pdg[np.unique(ids, return_index=True)[1]]
     mads = [particle_medians(np.abs(w - particle_medians(w, ids)[ids]), ids) for w in (real, generated)]
@@ -235,20 +241,20 @@ def jaccard(values, ids):
 
 
 def jaccard_error(real, generated, ids):
-    """|J^ - J| averaged over the pairs of neighbours: the terms of JaccErr (arXiv 2608.12795 Eq. 7-8), which asks how
-    often two channels fire together. real, generated (N, 5)."""
+    """|J^ - J| averaged over the pairs of neighbours: the terms of JaccErr (arXiv 2608.12795 Eq. 7-8), which
+    asks how often two channels fire together. real, generated (N, 5)."""
     return np.abs(jaccard(generated, ids) - jaccard(real, ids)).mean(axis=1)
 
 
 def bootstrap(terms, weights, seed=0):
-    """16 % and 84 % points of weighted_mean(terms, weights) when particles are drawn again with replacement (the terms
-    are kept, so kappa and MAD_type are those of the full set); None without weight."""
+    """16 % and 84 % points of weighted_mean(terms, weights) when particles are drawn again with replacement
+    (the terms are kept, so kappa and MAD_type are those of the full set); None without weight."""
     draws = np.random.default_rng(seed).multinomial(len(terms), np.full(len(terms), 1 / len(terms)), BOOTSTRAPS)
     top, bottom = (draws @ np.stack([terms * weights, weights], axis=1)).T
     return np.percentile(top[bottom > 0] / bottom[bottom > 0], [16, 84]).tolist() if weights.any() else None
 
 
-# ------------------------------------------------------------------------------------------- distances in feature space
+# --------------------------------------------------------------------------------- distances in feature space
 
 def scale_features(real, generated):
     """Both (N, F), (M, F) divided by max |real| of each feature, as jetnet.evaluation does; float64."""
@@ -273,9 +279,9 @@ def fpd_sizes(rows):
 
 
 def sampled_moments(features, sizes, seed):
-    """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,) drawn with replacement from features (N, F):
-    one product of how often each row was drawn, (S, N), with the features and their products, (N, F + F (F + 1) /
-    2)."""
+    """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,) drawn with replacement from features
+    (N, F): one product of how often each row was drawn, (S, N), with the features and their products, (N, F +
+    F (F + 1) / 2)."""
     rng = np.random.default_rng(seed)
     drawn = np.empty((len(sizes), len(features)))
     for row, size in zip(drawn, sizes):
@@ -289,10 +295,11 @@ def sampled_moments(features, sizes, seed):
 
 
 def fpd(real, generated, batches=20, points=10, seed=42):
-    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd) of features (N, F), (M, F): mean
-    of 20 samples at each of 10 sizes regular in 1 / size, least squares line through them with both parameters >= 0.
-    (intercept, its error); nan below 10 rows. (The fit inside jetnet stops early where the distances are far below 1
-    and returns about their mean: it reads up to a third higher than the line, 1.37e-4 for 1.02e-4.)"""
+    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd) of features (N, F), (M,
+    F): mean of 20 samples at each of 10 sizes regular in 1 / size, least squares line through them with both
+    parameters >= 0. (intercept, its error); nan below 10 rows. (The fit inside jetnet stops early where the
+    distances are far below 1 and returns about their mean: it reads up to a third higher than the line,
+    1.37e-4 for 1.02e-4.)"""
     if min(len(real), len(generated)) < 10:
         return np.nan, np.nan
     a, b = scale_features(real, generated)
@@ -309,10 +316,10 @@ def fpd(real, generated, batches=20, points=10, seed=42):
 
 
 def mmd(real, generated):
-    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. The sums over pairs of rows
-    come without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, a and b the products of two
-    elements of z and of z', and the sum of (a . b)^2 over all pairs is the product A^T A : B^T B of two small
-    matrices."""
+    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. The sums over pairs
+    of rows come without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, a and b the
+    products of two elements of z and of z', and the sum of (a . b)^2 over all pairs is the product A^T A :
+    B^T B of two small matrices."""
     rows, columns = np.triu_indices(real.shape[1] + 1)
     double = np.where(rows == columns, 1, np.sqrt(2))
     products = []
@@ -325,8 +332,9 @@ def mmd(real, generated):
 
 
 def kpd(real, generated, batches=10, size=5000, seed=42):
-    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd) of features (N, F), (M, F): median
-    and half of the 16-84 % range of mmd over 10 samples of 5000 rows, or of as many as there are; nan below 10 rows."""
+    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd) of features (N, F), (M,
+    F): median and half of the 16-84 % range of mmd over 10 samples of 5000 rows, or of as many as there are;
+    nan below 10 rows."""
     if min(len(real), len(generated)) < 10:
         return np.nan, np.nan
     a, b = scale_features(real, generated)
@@ -337,7 +345,7 @@ def kpd(real, generated, batches=10, size=5000, seed=42):
     return float(middle), float((high - low) / 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- classifier
+# ------------------------------------------------------------------------------------------------- classifier
 
 def rank_auc(positive, negative):
     """Probability that a positive (N,) scores above a negative (M,), ties one half: the area under the ROC curve."""
@@ -355,9 +363,9 @@ def _train_step(model, state, x, y):
 
 
 def classifier_auc(real, generated, seed=0):
-    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both (N, F), row i of both for
-    the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC, so that no pair
-    stands on two sides. 0.5 = cannot tell; nan below 10 rows."""
+    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both (N, F), row i
+    of both for the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC,
+    so that no pair stands on two sides. 0.5 = cannot tell; nan below 10 rows."""
     if len(real) < 10:
         return np.nan
     rng = np.random.default_rng(seed)
@@ -389,8 +397,9 @@ def high_level(sample):
 
 
 def auc_scores(real, generated, particles, seed=0):
-    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples, particles (N, 9).
-    Low level: log1p of the pixels; high level: high_level by sign(f) log1p|f|; both with the particle."""
+    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples,
+    particles (N, 9). Low level: log1p of the pixels; high level: high_level by sign(f) log1p|f|; both with
+    the particle."""
     rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
     chosen = particles[rows].astype(np.float64)
     condition = standardise(chosen, chosen)
@@ -401,7 +410,7 @@ def auc_scores(real, generated, particles, seed=0):
     return low, classifier_auc(*(np.concatenate([f, condition], axis=1) for f in scaled), seed=seed)
 
 
-# -------------------------------------------------------------------------------------------------- everything together
+# ---------------------------------------------------------------------------------------- everything together
 
 def pair_rows(ids, seed=0):
     """Disjoint row numbers (a, b), paired at random within each particle, ids (N,). An odd row is left over."""
@@ -414,8 +423,8 @@ def pair_rows(ids, seed=0):
 
 
 def pair_scores(real, generated, ids, pdg, seed):
-    """(scores, terms) of two Samples whose rows match: floats by name, and the terms (U,) of each conditional score.
-    "FPD_error" and "KPD_error" are the errors that those two state themselves."""
+    """(scores, terms) of two Samples whose rows match: floats by name, and the terms (U,) of each conditional
+    score. "FPD_error" and "KPD_error" are the errors that those two state themselves."""
     w, other = real.channels, generated.channels
     features = high_level(real), high_level(generated)
     terms = dict.fromkeys(("MAE_c", "MAE_cw", "MAE_cond"), mae_particles(w, other, ids))
@@ -443,16 +452,17 @@ def marginals(sample):
 
 
 def floor_pair(sample, ids, seed):
-    """The real Sample against itself, as the papers do: rows paired by equal particle, one of each pair on each side, and the
-    row numbers of the first side, none where no particle stands in two rows."""
+    """The real Sample against itself, as the papers do: rows paired by equal particle, one of each pair on
+    each side, and the row numbers of the first side, none where no particle stands in two rows."""
     a, b = pair_rows(ids, seed)
     return take(sample, a), take(sample, b), a
 
 
 def compare(pairs, particles, pdg, ids, codes, classifier, seed):
-    """Everything about pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section, name):
-    sections "scores", "terms", "marginals" and each code. `pairs` are functions that make them, called side by side. The
-    trainings of the classifier are dealt out over the pairs, each has its own rows and start."""
+    """Everything about pairs (real Sample, generated Sample, row numbers), as lists over the pairs by
+    (section, name): sections "scores", "terms", "marginals" and each code. `pairs` are functions that make
+    them, called side by side. The trainings of the classifier are dealt out over the pairs, each has its own
+    rows and start."""
     found = defaultdict(list)
 
     def score(k, pair):
@@ -477,8 +487,8 @@ def compare(pairs, particles, pdg, ids, codes, classifier, seed):
 
 
 def cell(values, references, label, smallest=0.0):
-    """{"value", "spread", label, "R"}: mean and standard deviation (None of one) of values, mean of references, and for
-    an oracle above `smallest` R = value / oracle, else None."""
+    """{"value", "spread", label, "R"}: mean and standard deviation (None of one) of values, mean of
+    references, and for an oracle above `smallest` R = value / oracle, else None."""
     value, reference = np.mean(values), np.mean(references) if references else np.nan
     ratio = value / reference if label == "oracle" and reference > smallest else None
     return common.plain({"value": value, "spread": np.std(values, ddof=1) if len(values) > 1 else None,
@@ -497,14 +507,15 @@ def check_arrays(real, generations, oracle, particles, pdg):
 
 
 def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, seed=0, convention="papers"):
-    """Every score of the generations, a list of (N, H, W) arrays row by row for the particles (N, 9), pdg (N,) of the
-    real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can hold: {"W": {"value",
-    "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R None without one; "interval" of
-    the CONDITIONAL ones: bootstrap over particles; "error" of FPD and KPD: their own), "marginals", "types" (those
-    above 1 % of the rows), and what was compared. UserError where the arrays do not match.
+    """Every score of the generations, a list of (N, H, W) arrays row by row for the particles (N, 9), pdg
+    (N,) of the real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can
+    hold: {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R
+    None without one; "interval" of the CONDITIONAL ones: bootstrap over particles; "error" of FPD and KPD:
+    their own), "marginals", "types" (those above 1 % of the rows), and what was compared. UserError where the
+    arrays do not match.
 
-    R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not stand out of its
-    error: both subtract their own bias, so that the oracle is noise around 0."""
+    R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not stand out
+    of its error: both subtract their own bias, so that the oracle is noise around 0."""
     particles, pdg, label = np.asarray(particles), np.asarray(pdg), "oracle" if oracle else "floor"
     check_arrays(real, generations, oracle or [], particles, pdg)
     ids = data.unique_particles(particles)[0]
@@ -529,7 +540,7 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
             result[name]["error"] = float(np.mean(found["scores", f"{name}_error"]))
     result["marginals"] = {name: {"real": float(value), **scored("marginals", name)}
                            for name, value in marginals(sample).items()}
-    result["types"] = {data.PDG_NAMES.get(code, str(code)): {
+    result["types"] = {simulator.PDG_NAMES.get(code, str(code)): {
         "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
         "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
     return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations), "convention": convention,
@@ -566,9 +577,9 @@ def print_table(scores, title):
 
 
 def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
-    """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the same
-    particle, int (M,). A particle without training rows takes those of the particle nearest in the conditions (N, C),
-    (M, C); UserError if it comes without conditions."""
+    """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the
+    same particle, int (M,). A particle without training rows takes those of the particle nearest in the
+    conditions (N, C), (M, C); UserError if it comes without conditions."""
     ids = data.unique_particles(np.concatenate([train_particles, test_particles]))[0]
     train, test = ids[:len(train_particles)], ids[len(train_particles):].copy()
     counts = np.bincount(train, minlength=ids.max() + 1)
@@ -585,57 +596,101 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
     return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
 
 
-# --------------------------------------------------------------------------------------------------- a model and its scores
-# What every script does with a trained model. It hands over draw(c (BLOCK, C), key) -> uint16 (BLOCK, H, W), compiled.
+# ------------------------------------------------------------------------------------- a model and its scores
+# What every script does with a trained model: it hands over draw(c (B, C), key) -> uint16 (B, H, W),
+# compiled, and its parsed flags `args`.
 
-def generator(args, draw, scaler):
-    """generate(particles (N, 9), seed) -> uint16 (N, H, W), in blocks of one shape, so that `draw` compiles once."""
+def generator(draw, scaler, seed):
+    """generate(particles (N, 9), number) -> uint16 (N, H, W); each number gives another set of responses."""
 
-    def generate(particles, seed):
-        c, key = data.conditions(particles, scaler), jax.random.fold_in(jax.random.key(args.seed), seed)
-        responses = np.empty((len(c), *data.DETECTORS[args.detector].shape), np.uint16)
-        for start in range(0, len(c), BLOCK):
-            block = c[start:start + BLOCK]
-            padded = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))  # padded rows are dropped again
-            responses[start:start + BLOCK] = draw(padded, jax.random.fold_in(key, start))[:len(block)]
-        return responses
+    def generate(particles, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        return common.in_blocks(draw, key, data.conditions(particles, scaler))
 
     return generate
 
 
-def report(args, draw, scaler, tests, result, sizes=(1, 32, 256, 8192)):
-    """Time `draw` and score it on the data sets `tests` (data.test_sets): prints the table, draws samples.png and channels.png,
-    writes metrics.json into the run folder and returns what that holds.
+def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **result):
+    """Time `draw` on batches of `sizes` and score it on the data sets of data.test_sets: prints the tables,
+    draws samples.png, channels.png and training.png, writes metrics.json into the run folder and returns what
+    that holds.
 
-    `result`: the script's own entries, among them "flags", "rows", "parameters", "mflop" and "evaluations" per response.
-    `sizes`: of the batches to time.
+    `result`: the script's own entries, among them "parameters", "mflop" and "evaluations" per response.
     """
-    key, zeros = jax.random.key(0), lambda size: np.zeros((size, len(scaler.mean)), np.float32)
-    result = {"script": args.script, "detector": args.detector, "command": args.command, "versions": common.versions(),
-              "device": common.device_name()} | result | common.time_sampler(lambda size: draw(zeros(size), key), sizes)
-    result["rows"] |= {name: len(test.pdg) for name, test in tests.items()}
+    tests = data.test_sets(args, dataset, split)
+    rows = {"train": len(split.train)} | {name: len(test.pdg) for name, test in tests.items()}
+    result = {"script": args.script, "detector": args.detector, "command": args.command,
+              "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
+              "rows": rows} | result | common.time_sampler(draw, len(scaler.mean), sizes)
     times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())
-    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per response; "
-          f"ms per response: {times}")
-    result |= score_model(args, generator(args, draw, scaler), tests, f"{result['evaluations']} evaluations each")
+    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per "
+          f"response; ms per response: {times}")
+    generate = generator(draw, scaler, args.seed)
+    if args.validate:
+        result["validation"] = validate(args, generate, tests["validation"])
+    else:
+        result |= score_model(args, generate, tests, f"{result['evaluations']} evaluations each")
+    for log in args.run.rglob("log.jsonl"):
+        plots.plot_training(log.with_name("training.png"), common.read_log(log.parent))
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
 
 
 def score_model(args, generate, tests, label):
-    """Generate for the data sets `tests` (data.test_sets), print every score, draw samples.png and channels.png of the
-    first into the run folder. Returns {"seen": scores or None, "unseen": scores or None}; `label` ends the titles."""
-    detector, result = data.DETECTORS[args.detector], {"seen": None, "unseen": None}
-    for number, (name, test) in enumerate(tests.items()):
-        real, particles, pdg = test
-        generations = [generate(particles, seed) for seed in range(GENERATIONS)]
-        oracle = None if args.data else [data.simulate(detector, particles, pdg, 1000 + seed) for seed in range(GENERATIONS)]
-        result[name] = evaluate(real, generations, particles, pdg, oracle=oracle)
+    """Generate for the data sets `tests` (data.test_sets), print every score, draw samples.png and
+    channels.png of the first into the run folder. Returns {"seen": scores or None, "unseen": scores or None};
+    `label` ends the titles."""
+    result = {"seen": None, "unseen": None}
+    for name, test in tests.items():
+        generations = [generate(test.particles, number) for number in range(GENERATIONS)]
+        oracle = None if args.data else [resimulate(args.detector, test, seed) for seed in range(GENERATIONS)]
+        result[name] = evaluate(test.responses, generations, test.particles, test.pdg, oracle=oracle)
         print_table(result[name], f"{args.detector.upper()}, {name} particles, {label}")
-        if number == 0:
+        if name == next(iter(tests)):
             plot(args.run, test, generations[0])
     return result
+
+
+def resimulate(detector, test, seed=0):
+    """The oracle: the simulator run again on the particles of a Dataset, uint16 (N, H, W)."""
+    return simulator.simulate(simulator.DETECTORS[detector], test.particles, test.pdg, 1000 + seed)
+
+
+def quick_scores(args, test, made):
+    """{"W": {"value", "oracle", "R"}, "MAE": ...} of one generation `made` (N, H, W) for a Dataset; without a
+    simulator, with --data, oracle and R are None."""
+    truth, found = channels(test.responses), channels(made)
+    again = None if args.data else channels(resimulate(args.detector, test))
+    scores = {}
+    for name, score in (("W", wasserstein), ("MAE", mae)):
+        value, oracle = score(truth, found), None if again is None else score(truth, again)
+        scores[name] = {"value": value, "oracle": oracle, "R": oracle and value / oracle}
+    return scores
+
+
+def validate(args, generate, part):
+    """The quick_scores of a model on the validation rows, printed."""
+    scores = quick_scores(args, part, generate(part.particles, 0))
+    print_quick(f"{len(part.pdg)} validation rows", scores)
+    return scores
+
+
+def score_reconstruction(args, redraw, scaler, dataset, split):
+    """{"W", "oracle", "R", "MAE"} of the first test set (data.test_sets) encoded and decoded again, printed;
+    redraw(counts (B, H, W), c (B, C), key) -> uint16 (B, H, W)."""
+    test = next(iter(data.test_sets(args, dataset, split).values()))
+    c = data.conditions(test.particles, scaler)
+    scores = quick_scores(args, test, common.in_blocks(redraw, jax.random.key(args.seed), test.responses, c))
+    print_quick("reconstruction", scores)
+    return scores["W"] | {"W": scores["W"]["value"], "MAE": scores["MAE"]["value"]}
+
+
+def print_quick(title, scores):
+    """One line of quick_scores."""
+    values = [f"{name} {cell['value']:.3f}" + (f" (oracle {cell['oracle']:.3f})" if cell["oracle"] else "")
+              for name, cell in scores.items()]
+    print(f"{title}: {', '.join(values)}")
 
 
 def plot(folder, test, generated):
@@ -648,47 +703,17 @@ def plot(folder, test, generated):
         keys.append((rank[code], -np.count_nonzero(pdg == code), first[i]))
         rank[code] += 1
     columns = [row for *_, row in sorted(keys)[:8]]
-    titles = [f"{data.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
-    common.plot_samples(Path(folder, "samples.png"), {"data": real[columns], "model": generated[columns]}, titles)
-    common.plot_channels(Path(folder, "channels.png"), channels(real), channels(generated))
+    titles = [f"{simulator.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
+    plots.plot_samples(Path(folder, "samples.png"), {"data": real[columns], "model": generated[columns]}, titles)
+    plots.plot_channels(Path(folder, "channels.png"), channels(real), channels(generated))
 
 
-def rerun(args, test):
-    """Channels (N, 5) of another run of the simulator on the particles of the Dataset `test`, the oracle; None with --data."""
-    return None if args.data else channels(data.simulate(data.DETECTORS[args.detector], test.particles, test.pdg, 1000))
-
-
-def sweep(args, cases, dataset, rows):
-    """W, MAE and ms per response on the validation rows for `cases`, pairs (entry, generate) with "steps" and
-    "evaluations" in the entry (paper 002, Fig. 5), and a "label" if there are several curves: printed, drawn, written to
-    sweep.json and returned."""
-    part = data.select(dataset, rows)
-    particles, truth, points = part.particles, channels(part.responses), []
-    oracle = {} if args.data else {"oracle": wasserstein(truth, rerun(args, part))}
-    print(f"{'steps':>6} {'evaluations':>12} {'W':>8} {'oracle':>8} {'MAE':>8} {'ms per response':>16}")
-    for entry, generate in cases:
-        generate(particles[:BLOCK], 0)  # compiles
-        began = time.perf_counter()
-        found = channels(generate(particles, 0))
-        ms = 1e3 * (time.perf_counter() - began) / len(rows)
-        point = entry | {"W": wasserstein(truth, found), "MAE": mae(truth, found), "ms_per_response": ms} | oracle
-        reference = f"{point['oracle']:8.3f}" if oracle else f"{'-':>8}"
-        print(f"{point['steps']:6d} {point['evaluations']:12d} {point['W']:8.3f} {reference} {point['MAE']:8.2f} {ms:16.3f}  "
-              f"{point.get('label', '')}", flush=True)
-        points.append(point)
-    common.plot_sweep(args.run / "sweep.png", points)
-    result = {"script": args.script, "detector": args.detector, "command": args.command, "device": common.device_name(),
-              "rows": len(rows), "split": "validation", "points": points}
-    common.write_json(args.run / "sweep.json", result)
-    return result
-
-
-def generate_file(args, generate):
+def generate_file(args, draw, scaler):
     """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
     if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
         raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
     particles, pdg = data.read_particles(args.generate)
-    chunk = 32 * BLOCK
+    generate, chunk = generator(draw, scaler, args.seed), 32 * common.BLOCK
 
     def blocks():
         for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):

@@ -1,0 +1,337 @@
+"""The networks as published, for --net paper and the variants of the papers.
+
+The U-Net of flow matching and diffusion, the convolutional autoencoder of latent flow matching, the
+perceptual and adversarial terms with the gradient normalisation of [FM, Eq. 7], the blocks of [Comparison,
+Fig. 11 and 12] and the VQ-VAE of the particle. All work on ONE example with channels last, (h, w, C); vmap
+makes the batch.
+"""
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import data
+import metrics
+from common import Linear, normal, normalise
+
+
+def convolve(x, kernel, stride=1):
+    """x (H, W, C_in), kernel (k, k, C_in, C_out); channels last is the fast layout on CPU."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x[None], kernel, (stride, stride), "SAME", dimension_numbers=layout)[0]
+
+
+def enlarge(x, shape):
+    """x (h, w, C) at twice the size, each number four times, cut to `shape`."""
+    return x.repeat(2, axis=0).repeat(2, axis=1)[:shape[0], :shape[1]]
+
+
+def pixelwise(layer, x):
+    """A layer for vectors on each place of x (h, w, C)."""
+    return jax.vmap(jax.vmap(layer))(x)
+
+
+# --------------------------------------------------------------------------------------- the U-Net of [FM, 4]
+
+class ResBlock(eqx.Module):
+    """norm, SiLU, 3 x 3 convolution, twice, with the time embedding added in between."""
+    norms: list
+    kernels: list
+    time: jax.Array
+    shortcut: jax.Array | None
+
+    def __init__(self, inputs, outputs, embedding, key):
+        keys = jax.random.split(key, 4)
+        self.norms = [eqx.nn.LayerNorm(inputs), eqx.nn.LayerNorm(outputs)]
+        self.kernels = [normal(keys[0], 3, 3, inputs, outputs), normal(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
+        self.time = normal(keys[2], embedding, outputs)
+        self.shortcut = None if inputs == outputs else normal(keys[3], inputs, outputs)
+
+    def __call__(self, x, t, c):
+        h = convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0]) + jax.nn.silu(t @ self.time)
+        h = convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
+        return h + (x if self.shortcut is None else x @ self.shortcut)
+
+
+class Attention(eqx.Module):
+    """Self-attention over the pixels and one more token, made of the condition."""
+    token: jax.Array
+    norm: eqx.nn.LayerNorm
+    qkv: jax.Array
+    out: jax.Array
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, inputs, width, embedding, key, heads=2):
+        keys = jax.random.split(key, 3)
+        self.token, self.norm, self.heads = normal(keys[0], embedding, inputs), eqx.nn.LayerNorm(inputs), heads
+        self.qkv, self.out = normal(keys[1], inputs, 3 * width), normal(keys[2], width, inputs, scale=0.2 * width**-0.5)
+
+    def __call__(self, x, t, c):
+        tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])               # (h w + 1, C)
+        h = attend(jax.vmap(self.norm)(tokens) @ self.qkv, self.heads) @ self.out
+        return x + h[:-1].reshape(x.shape)
+
+
+def attend(qkv, heads):
+    """Attention of every token to every token: queries, keys and values side by side (T, 3 C) -> (T, C)."""
+    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 0, 2)                                # (heads, T, d) each
+    scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)                   # (heads, T, T)
+    return jnp.einsum("hqk,hkd->qhd", scores, v).reshape(len(qkv), -1)
+
+
+class UNet(eqx.Module):
+    """x (h, w, inputs), t (), c (conditions,) -> (h, w, outputs). [FM, section 4]: levels of 8, 12 and 16
+    channels, two blocks each, attention with the condition as a token on the second level and in the middle;
+    `stem` channels in front.
+    """
+    condition: tuple
+    time: tuple
+    stem: jax.Array
+    down: list
+    middle: list
+    up: list
+    resample: list
+    norm: eqx.nn.LayerNorm
+    head: jax.Array
+
+    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16)):
+        keys = iter(jax.random.split(key, 64))
+        a, b, c = widths
+        embedding = 2 * a
+        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, next(keys))
+        attention = lambda inputs, width: Attention(inputs, width, embedding, next(keys))
+        self.condition = normal(next(keys), conditions, embedding), normal(next(keys), embedding, embedding)
+        self.time = normal(next(keys), a, embedding), normal(next(keys), embedding, embedding)
+        self.stem = normal(next(keys), 3, 3, inputs, stem)
+        self.down = [[res(stem, a), res(a, a)],
+                     [attention(a, b), res(a, b), attention(b, b), res(b, b)],
+                     [res(b, c), res(c, c)]]
+        self.middle = [res(c, c), attention(c, c), res(c, c), attention(c, c), res(c, c)]
+        self.up = [[res(2 * c, c), res(2 * c, c)],
+                   [attention(c + b, b), res(c + 2 * b, b), attention(2 * b, b), res(2 * b + a, b)],
+                   [res(b + a, a), res(2 * a, a)]]
+        self.resample = [normal(next(keys), 3, 3, width, width) for width in (a, b, c, b)]
+        self.norm, self.head = eqx.nn.LayerNorm(a), normal(next(keys), a, outputs)
+
+    def __call__(self, x, t, c):
+        dtype = self.stem.dtype
+        angles = t * 1e4 ** -jnp.linspace(0, 1, len(self.time[0]) // 2, endpoint=False)
+        t = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]).astype(dtype)
+        t = jax.nn.silu(t @ self.time[0]) @ self.time[1]
+        c = jax.nn.silu(c.astype(dtype) @ self.condition[0]) @ self.condition[1]
+        x, skips = convolve(x.astype(dtype), self.stem), []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, t, c)
+                skips.append(x)
+            x = convolve(x, self.resample[level], stride=2) if level < 2 else x
+        for block in self.middle:
+            x = block(x, t, c)
+        for level, blocks in enumerate(self.up):
+            for block in blocks:
+                x = block(jnp.concatenate([skips.pop(), x], axis=-1), t, c)
+            x = convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
+        return jax.nn.silu(pixelwise(self.norm, x)) @ self.head
+
+
+class ResponseUNet(eqx.Module):
+    """The U-Net for whole responses: x (H, W), t (), c (C,) -> maps (K, H, W). 77 372 parameters with nine
+    conditions and one map, as the public code of [FM] has."""
+    net: UNet
+
+    def __init__(self, conditions, maps, key, widths=(8, 12, 16)):
+        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths)
+
+    def __call__(self, x, t, c):
+        return jnp.moveaxis(self.net(x[..., None], t, c), -1, 0)
+
+
+# ----------------------------------------------------------------------- blocks of autoencoders, [Comparison]
+
+class ConvBlock(eqx.Module):
+    """Residual block of two 3 x 3 convolutions on (h, w, C)."""
+    kernels: list
+
+    def __init__(self, grid, width, key):
+        keys = jax.random.split(key)
+        self.kernels = [normal(keys[0], 3, 3, width, width), normal(keys[1], 3, 3, width, width, scale=0.02)]
+
+    def __call__(self, x):
+        h = convolve(jax.nn.silu(normalise(x)), self.kernels[0])
+        return x + convolve(jax.nn.silu(normalise(h)), self.kernels[1])
+
+
+class Feedforward(eqx.Module):
+    """Two layers on the last axis, twice as wide in between."""
+    up: Linear
+    down: Linear
+
+    def __init__(self, width, key):
+        keys = jax.random.split(key)
+        self.up = Linear(width, 2 * width, keys[0], bias=False)
+        self.down = Linear(2 * width, width, keys[1], scale=0.5**0.5, bias=False)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.up(x)))
+
+
+class TransformerBlock(eqx.Module):
+    """Self-attention over the tokens of (h, w, C) and a feedforward layer [Comparison, Fig. 11 b]."""
+    qkv: Linear
+    out: Linear
+    feedforward: Feedforward
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, grid, width, key, heads=4):
+        keys = jax.random.split(key, 3)
+        self.qkv = Linear(width, 3 * width, keys[0], bias=False)
+        self.out = Linear(width, width, keys[1], scale=0.5, bias=False)
+        self.feedforward, self.heads = Feedforward(width, keys[2]), heads
+
+    def __call__(self, x):
+        tokens = x.reshape(-1, x.shape[-1])                                                          # (T, C)
+        tokens += self.out(attend(self.qkv(normalise(tokens)), self.heads))
+        return (tokens + self.feedforward(normalise(tokens))).reshape(x.shape)
+
+
+class MixerBlock(eqx.Module):
+    """A feedforward layer over the tokens of (h, w, C) and one over the channels [Comparison, Fig. 12 b]."""
+    tokens: Feedforward
+    channels: Feedforward
+
+    def __init__(self, grid, width, key):
+        keys = jax.random.split(key)
+        self.tokens, self.channels = Feedforward(math.prod(grid), keys[0]), Feedforward(width, keys[1])
+
+    def __call__(self, x):
+        h = x.reshape(-1, x.shape[-1])                                                               # (T, C)
+        h += self.tokens(normalise(h).T).T
+        return (h + self.channels(normalise(h))).reshape(x.shape)
+
+
+# ---------------------------------------------------------- the convolutional autoencoder of [FM, appendix B]
+
+def in_fours(x):
+    """(H, W) -> (H / 2, W / 2, 4), the sides rounded up: a convolution of one channel at full size is the slowest of all."""
+    return data.to_patches(x, 2).reshape(*data.patch_grid(x.shape, 2), 4)
+
+
+class ConvAutoencoder(eqx.Module):
+    """Log response (H, W) <-> latent grid (H / 4, W / 4, L) [FM, appendix B, after Rombach et al. 2022]: two
+    convolutions that halve the size, residual blocks at half and at a quarter of it, and back; 56 320
+    parameters (paper: 60k).
+
+    It does not see the particle c. No layer has the full size: convolutions there cost a CPU more than all
+    others.
+    """
+    down: list
+    code: jax.Array
+    enter: jax.Array
+    up: list
+    head: jax.Array
+    shape: tuple = eqx.field(static=True)
+
+    def __init__(self, shape, latent, key, widths=(16, 32)):
+        keys, (a, b) = iter(jax.random.split(key, 10)), widths
+        self.shape = shape
+        self.down = [normal(next(keys), 3, 3, 4, a), ConvBlock(None, a, next(keys)),
+                     normal(next(keys), 3, 3, a, b), ConvBlock(None, b, next(keys))]
+        self.code, self.enter = normal(next(keys), b, 2 * latent), normal(next(keys), latent, b)
+        self.up = [ConvBlock(None, b, next(keys)), normal(next(keys), 3, 3, b, a), ConvBlock(None, a, next(keys))]
+        self.head = normal(next(keys), a, 4)
+
+    def encode(self, x, c):
+        """Mean and log of the standard deviation of the latent, (2, H / 4, W / 4, L)."""
+        stem, first, half, second = self.down
+        h = first(convolve(in_fours(x).astype(stem.dtype), stem))                                    # (H / 2, W / 2, a)
+        h = second(convolve(h, half, stride=2)) @ self.code                                          # (H / 4, W / 4, 2 L)
+        return jnp.stack(jnp.split(h, 2, axis=-1))
+
+    def decode(self, z, c):
+        """Latent -> log response as one map, (1, H, W)."""
+        first, wider, second = self.up
+        h = first(z.astype(self.enter.dtype) @ self.enter)                                           # (H / 4, W / 4, b)
+        h = second(convolve(enlarge(h, data.patch_grid(self.shape, 2)), wider))                      # (H / 2, W / 2, a)
+        fibres = (normalise(h) @ self.head).reshape(-1, 4)                                           # four of each place
+        return data.from_patches(fibres, 2, self.shape)
+
+
+# ------------------------------------------------------------ perceptual and adversarial terms of [FM, Eq. 7]
+
+class Features(eqx.Module):
+    """Stands in for VGG16, which has never seen a calorimeter: convolutions that learn, on the responses
+    themselves, to predict their `quantities`. Log response (H, W) -> maps (H / 2, W / 2, 16), (H / 4, W / 4,
+    32) and the eight numbers."""
+    kernels: list
+    head: Linear
+
+    def __init__(self, shape, key, widths=(16, 32)):
+        keys = jax.random.split(key, 3)
+        self.kernels = [normal(keys[0], 3, 3, 4, widths[0]), normal(keys[1], 3, 3, *widths)]
+        self.head = Linear(widths[1] * math.prod(data.patch_grid(shape, 4)), 8, keys[2], scale=0.1)
+
+    def __call__(self, x):
+        first = jax.nn.silu(convolve(in_fours(x).astype(self.kernels[0].dtype), self.kernels[0]))
+        second = jax.nn.silu(convolve(first, self.kernels[1], stride=2))
+        return (first, second), self.head(second.ravel())
+
+
+class Critic(eqx.Module):
+    """Linear on each map of the features: how real every place looks, (places of all maps,)."""
+    layers: list
+
+    def __init__(self, key, widths=(16, 32)):
+        self.layers = [Linear(width, 1, k) for k, width in zip(jax.random.split(key), widths)]
+
+    def __call__(self, maps):
+        return jnp.concatenate([layer(normalise(m)).ravel() for layer, m in zip(self.layers, maps)])
+
+
+def quantities(counts):
+    """What the features learn to predict of counts (B, H, W): log sums of the channels and of all, centre in
+    (-1, 1); (B, 8)."""
+    sums = jnp.einsum("bhw,hwk->bk", counts, metrics.channel_weights(counts.shape[1:]))
+    total = counts.sum((1, 2))
+    places = [jnp.linspace(-1, 1, n) for n in counts.shape[1:]]
+    centre = [(counts.sum(axis) @ place) / (total + 1) for axis, place in zip((2, 1), places)]
+    return jnp.concatenate([jnp.log1p(sums), jnp.log1p(total)[:, None], jnp.stack(centre, axis=1)], axis=1)
+
+
+@jax.custom_vjp
+def unit_gradient(x):
+    """x (B, ...) itself, but the gradient that comes back through it has norm 1 / B in each of the B
+    examples: the division by || dL_k / dx' || of [FM, Eq. 7]."""
+    return x
+
+
+def unit_backward(_, gradient):
+    norm = jnp.sqrt(jnp.sum(gradient**2, axis=tuple(range(1, gradient.ndim)), keepdims=True))
+    return (gradient / (norm + 1e-12) / len(gradient),)
+
+
+unit_gradient.defvjp(lambda x: (x, None), unit_backward)
+
+
+def perceptual_loss(maps, real_maps):
+    """LPIPS (Zhang et al. 2018) without its weights: squared distance of features of unit length, mean over places, (B,)."""
+    unit = lambda m: m / jnp.sqrt(jnp.sum(m**2, axis=-1, keepdims=True) + 1e-2)   # dark places are left alone
+    return sum(jnp.sum((unit(m) - unit(r))**2, axis=-1).mean((1, 2)) for m, r in zip(maps, real_maps))
+
+
+def judge(features, critic, seen, counts):
+    """Perceptual and adversarial terms of [FM, Eq. 7] for reconstructions seen() (B, H, W) of counts (B, H,
+    W), and what features and critic learn from: (perceptual (B,), fooled (B,), {"features": loss, "critic":
+    loss}).
+
+    `seen` is a function that gives the log responses anew, so that each term meets a unit_gradient of its
+    own; no term of the reconstruction reaches features or critic.
+    """
+    real_maps, found = jax.vmap(features)(jnp.log1p(counts))
+    frozen = jax.lax.stop_gradient
+    real_maps, made_maps = frozen((real_maps, jax.vmap(features)(seen())[0]))
+    maps = lambda: jax.vmap(frozen(features))(seen())[0]
+    fooled = -jax.vmap(frozen(critic))(maps()).mean(1)                                               # hinge loss, generator
+    hinge = jax.nn.relu(1 - jax.vmap(critic)(real_maps)).mean() + jax.nn.relu(1 + jax.vmap(critic)(made_maps)).mean()
+    regression = jnp.mean(jnp.square(found - quantities(counts)))
+    return perceptual_loss(maps(), real_maps), fooled, {"features": regression, "critic": hinge}
