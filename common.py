@@ -1,15 +1,13 @@
-"""What every script needs and no script is about: flags, files, checkpoints, log book, layers, plots, timing,
-devices.
+"""The glue of all scripts: flags, files, checkpoints, log book, layers, optimiser, batches, timing, devices.
 
 No model, no loss and no training loop stands here. Whatever can go wrong for a user (a flag, a file, a full
-disk) ends in one line on stderr and exit code 2; a file is written under another name first, so an old one is
-never lost.
+disk) ends in one line on stderr and exit code 2. A file is written under another name first, so that an old
+one is never lost.
 """
 import argparse
 import functools
 import glob
 import io
-import itertools
 import json
 import math
 import os
@@ -19,7 +17,7 @@ import shlex
 import sys
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +37,7 @@ FORMAT = "zdc-checkpoint-4"
 # ----------------------------------------------------------------------------------------------------- errors
 
 class UserError(Exception):
-    """What the user can put right. The message is one line that names the file or flag and what was expected."""
+    """A mistake that the user can correct; the message names the file or flag and what was expected there."""
 
 
 def run(main):
@@ -58,25 +56,21 @@ def run(main):
 
 
 def _fail(message):
-    """Print one `error:` line and return the exit code."""
+    """Print one `error:` line; returns the exit code."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
-class Diverged(UserError):
-    """A training whose loss is not finite any more."""
-
-
 def check_finite(loss, step, checkpoint):
-    """Diverged if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
+    """UserError if the loss of `step` is not a finite number; `checkpoint` is the last good one, or None."""
     if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
+        raise UserError(f"the loss is {loss} at step {step}, last good checkpoint: {checkpoint or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a finite `kind` (int or float) with low <= value <= high."""
+    """An argparse type: a finite number of `kind` (int or float) with low <= value <= high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
@@ -87,70 +81,69 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-# The shared flags: the same name, meaning and unit in every script. A script changes the defaults, not the
-# meaning.
+# The shared flags have the same name, meaning and unit in every script; only their defaults may differ.
 FLAGS = {
     "detector": dict(choices=("zn", "zp"), default="zn", help="neutron (zn) or proton (zp) calorimeter"),
     "data": dict(type=Path, metavar="PATH",
-                 help="train on this HDF5 file or folder with the papers' npz pair, instead of the open data set"),
+                 help="HDF5 file, or folder with the papers' npz pair, to train on instead of the open data"),
     "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the open data set"),
     "split": dict(choices=("rows", "particles"), default="rows",
                   help="split 70:10:20 into train, validation and test by rows, or by whole particles"),
     "cond": dict(choices=("raw", "physics"), default="physics",
                  help="condition on the nine features, or also on impact points and log energy"),
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
-    "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS", help="responses per training step"),
+    "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS",
+                       help="responses per training step, on all devices together"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate"),
     "schedule": dict(choices=("onecycle", "cosine"), default="onecycle",
                      help="course of the learning rate over the run"),
-    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="gradients are scaled down to this norm"),
+    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM",
+                 help="largest norm of a gradient; longer ones are scaled down"),
     "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY",
                 help="decay per step of the moving average of the weights"),
-    "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="fixes every random number of the run"),
+    "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers"),
     "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
-    "load": dict(type=Path, metavar="FILE", help="score or generate with this checkpoint, instead of training"),
+    "load": dict(type=Path, metavar="FILE", help="score this checkpoint or generate with it; no training"),
     "resume": dict(action="store_true", help="continue the run in --run where it was cut off"),
     "validate": dict(action="store_true",
-                     help="score W and MAE on the validation rows only, to choose settings without the test rows"),
-    "generate": dict(type=Path, metavar="FILE", help="generate responses for this particle list; needs --out"),
+                     help="score W and MAE on the validation rows, to choose settings without the test rows"),
+    "generate": dict(type=Path, metavar="FILE", help="generate responses of this particle list into --out"),
     "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
-    "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices, over all hosts, that share a batch"),
+    "devices": dict(type=number(int, 1), default=1, metavar="N",
+                    help="devices that share a batch, those of all hosts together"),
     "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run"),
 }
-TRAINING = ("cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision")
+TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and with defaults and a loaded checkpoint resolved in one place."""
+    """argparse with errors of one line, which resolves defaults and a loaded checkpoint in one place."""
 
     def error(self, message):
         sys.exit(_fail(f"{message} (--help lists the flags)"))
 
     def parse_args(self, args=None, namespace=None):
-        """The resolved flags. Beside them: `command`, the whole line, and for a script that trains `header`:
-        the checkpoint's of --load, whose `own` flags and data are then in force, or what a new checkpoint
-        will begin with. A default that is a dict or a function is resolved by the detector or with the other
-        flags."""
+        """The resolved flags, `command`, which is the whole line, and `header`: of a
+        new checkpoint or, with --load, of the loaded one, whose `own` flags and data are in force then. A
+        default that is a dict is resolved by the detector, a function with the other flags."""
         words = sys.argv[1:] if args is None else args
-        args = super().parse_args(args, namespace)
+        args, header = super().parse_args(args, namespace), None
         args.command = shlex.join(["python", f"{args.script}.py", *words])
         if "load" in args:
             self._check(args)
-        if getattr(args, "load", None):
-            args.header = read_model_header(args.load, args.script, args.detector, (*self.own, "cond", "n", "split"))
-            vars(args).update({name: args.header["flags"][name] for name in (*self.own, "cond", "n", "split")})
-        for name, value in vars(args).items():
-            if isinstance(value, dict) and name != "header":
-                setattr(args, name, value[args.detector])
-            elif callable(value):
-                setattr(args, name, value(args))
-        if "load" in args and not args.load:
-            flags = {name: getattr(args, name) for name in (*self.own, *TRAINING)}
-            flags["data"] = str(args.data) if args.data else None
-            args.header = {"script": args.script, "detector": args.detector, "flags": flags}
+            if args.load:
+                kept = *self.own, "cond", "n", "split"
+                header = read_model_header(args.load, args.script, args.detector, kept)
+                vars(args).update({name: header["flags"][name] for name in kept})
+        for name, value in sorted(vars(args).items(), key=lambda item: callable(item[1])):  # functions last
+            value = value[args.detector] if isinstance(value, dict) else value
+            setattr(args, name, value(args) if callable(value) else value)
+        flags = {name: getattr(args, name) for name in (*self.own, *TRAINING) if name in args}
+        flags["data"] = str(args.data) if getattr(args, "data", None) else None
+        args.header = header or {"script": args.script, "detector": args.detector, "flags": flags}
         return args
 
     def _check(self, args):
@@ -165,17 +158,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(doc, script=None, flags=tuple(FLAGS), own=(), **defaults):
-    """The command line of a script: the shared `flags` it has, with its own `defaults` and the text `doc` for
-    --help.
-
-    A default may be a dict {"zn": ..., "zp": ...}, or a function of the parsed flags. `script` (the running
-    file's name if None) names the run folder. The script adds its own flags with `add_argument`; those named
-    in `own` decide what is trained: they are kept in checkpoints, and --load brings them back.
-    """
+    """The command line of a script: its shared `flags`, their `defaults`, and the text `doc` for --help.
+    A default may be a dict {"zn": ..., "zp": ...} or a function of the parsed flags. `script` (if None the
+    running file's name) names the run folder. The script adds its own flags with `add_argument`; those named
+    in `own` decide what is trained: they are kept in checkpoints, and --load brings them back."""
     if unknown := defaults.keys() - set(flags):
         raise TypeError(f"defaults for flags that the script does not have: {unknown}")
     script = script or Path(sys.argv[0]).stem
-    defaults = {"run": {name: Path("runs", f"{script}-{name}") for name in FLAGS["detector"]["choices"]}} | defaults
+    folders = {detector: Path("runs", f"{script}-{detector}") for detector in FLAGS["detector"]["choices"]}
+    defaults = {"run": folders} | defaults
     result = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     result.set_defaults(script=script)
     result.own = own
@@ -184,27 +175,27 @@ def parser(doc, script=None, flags=tuple(FLAGS), own=(), **defaults):
         default = options.get("default")
         if isinstance(default, dict):
             default = ", ".join(f"{detector} {value}" for detector, value in default.items())
-        if default not in (None, False):
+        if default not in (None, False) and not callable(default):
             options["help"] += f" (default: {default})"
         result.add_argument("--" + name.replace("_", "-"), **options)
     return result
 
 
 class Plan(NamedTuple):
-    """How a network is trained: the shared flags of training, and the `header` of the checkpoint, a dict."""
+    """How a network is trained: the shared flags of training, and the `header` of its checkpoint (a dict)."""
     header: dict
     run: Path
     epochs: int
     batch_size: int
     lr: float
-    schedule: str
-    clip: float
-    ema: float
-    precision: str
-    seed: int
-    devices: int
-    resume: bool
-    quiet: bool
+    schedule: str = "onecycle"
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: str = "f32"
+    seed: int = 0
+    devices: int = 1
+    resume: bool = False
+    quiet: bool = False
 
     @property
     def keys(self):
@@ -220,7 +211,7 @@ def plan(args):
 # ------------------------------------------------------------------------------------------------------ files
 
 def first_host_only(write):
-    """Decorator: in a run over several hosts all compute the same numbers, and the first host alone writes them."""
+    """Decorator of writers: all hosts of a run compute the same numbers, and the first one writes them."""
     @functools.wraps(write)
     def wrapped(*args, **kwargs):
         if jax.process_index() == 0:
@@ -238,13 +229,9 @@ def _writing(path):
 
 @contextmanager
 def write_atomic(path):
-    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds and vanishes if it
-    fails.
-
-    A kill or a full disk in the middle leaves the old file as it was. UserError if `path` is a folder or a
-    device, and for every OSError on the way. HDF5 files go through data.save_blocks, since HDF5 crashes after
-    a failed write.
-    """
+    """Yield a temporary path beside `path`, which replaces `path` if the block succeeds: a kill or a full
+    disk leaves the old file as it was. UserError if `path` is a folder or a device, and for every OSError.
+    (HDF5 files are written by data.save_blocks, since HDF5 crashes after a failed write.)"""
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: cannot be written, it is not a regular file")
@@ -296,7 +283,7 @@ def log_line(folder, record):
 
 
 def read_log(folder):
-    """The records of `folder`/log.jsonl, without a last line that a kill cut short; none if there is no file."""
+    """The records of `folder`/log.jsonl, [] if there is none, without a last line that a kill cut short."""
     path = Path(folder, "log.jsonl")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
@@ -307,7 +294,7 @@ def read_log(folder):
 
 @first_host_only
 def cut_log(folder, step=-1):
-    """Drop the lines of the log past `step`: what a resumed run will repeat. A fresh run drops all of them."""
+    """Drop the lines of the log past `step`, which a resumed run repeats; a fresh run drops all of them."""
     kept = [record for record in read_log(folder) if record["step"] <= step]
     with write_atomic(Path(folder, "log.jsonl")) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -319,12 +306,8 @@ def cut_log(folder, step=-1):
 # altered file.
 
 def cast(tree, dtype):
-    """`tree` with its floating-point arrays, or their shapes, in another type."""
-    def change(leaf):
-        if not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
-            return leaf
-        return leaf.astype(dtype) if hasattr(leaf, "astype") else jax.ShapeDtypeStruct(leaf.shape, dtype)
-    return jax.tree.map(change, tree)
+    """`tree` with its floating-point arrays in another number format."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def lower(net, precision):
@@ -334,9 +317,9 @@ def lower(net, precision):
 
 @first_host_only
 def save_checkpoint(path, header, tree):
-    """Write `tree` (a model, or any tree of arrays, numbers and PRNG keys) behind the JSON-ready dict `header`."""
+    """Write `tree` (a model, or any tree of arrays and numbers) behind `header`, a dict (see `plain`)."""
     leaves = io.BytesIO()
-    eqx.tree_serialise_leaves(leaves, jax.device_get(tree), filter_spec=_save_leaf)
+    eqx.tree_serialise_leaves(leaves, jax.device_get(tree))
     header = plain({"format": FORMAT} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
     with write_atomic(path) as temporary:
@@ -349,7 +332,7 @@ def read_header(path, script=None, detector=None):
 
 
 def read_model_header(path, script, detector, flags):
-    """The header of a trained model's checkpoint. UserError for the state of a run, or where one of `flags` is missing."""
+    """The header of a trained model. UserError for the state of a run, or if it lacks one of `flags`."""
     header = read_header(path, script, detector)
     if "scaler" not in header:
         raise UserError(f"{path}: the state of a run, expected its model.eqx")
@@ -359,27 +342,22 @@ def read_model_header(path, script, detector, flags):
 
 
 def load_checkpoint(path, like, script=None, detector=None):
-    """(header, tree) of a checkpoint; the leaves of `like`, a tree made by the same code, are replaced by
-    those saved.
-
-    UserError if the file is missing or damaged, if it is of another `script` or `detector`, or if it holds
-    other arrays than `like`.
-    """
+    """(header, tree) of a checkpoint: `like`, a tree made by the same code, with the saved leaves.
+    UserError if the file is missing, damaged, of another `script` or `detector`, or holds other arrays."""
     header, leaves = _read_checkpoint(path, script, detector)
-    stream = io.BytesIO(leaves)
+    stream, expected = io.BytesIO(leaves), "arrays than this model and these flags expect"
     try:
-        tree = eqx.tree_deserialise_leaves(stream, like, filter_spec=_load_leaf)
+        tree = eqx.tree_deserialise_leaves(stream, like)
     except RuntimeError as error:
-        raise UserError(f"{path}: holds other arrays than this model and these flags expect: {error}") from error
+        raise UserError(f"{path}: holds other {expected}: {error}") from error
     if stream.read(1):
-        raise UserError(f"{path}: holds more arrays than this model and these flags expect")
+        raise UserError(f"{path}: holds more {expected}")
     return header, tree
 
 
 def save_model(run, header, scaler, scores, net):
     """Write model.eqx into the folder `run`, in float16; returns the network as it is kept there, in float32.
-
-    `header`: script, detector and flags; `scaler`: of the conditions; `scores`: what the Logbook found."""
+    Its header is `header` (script, detector, flags), the `scaler` of the conditions, and the `scores`."""
     header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores}
     half = cast(net, jnp.float16)
     save_checkpoint(run / "model.eqx", header, half)
@@ -388,19 +366,8 @@ def save_model(run, header, scaler, scores, net):
 
 def load_model(path, make):
     """The network of a checkpoint written by `save_model`; `make(key)` builds one of the same shapes."""
-    like = cast(eqx.filter_eval_shape(make, jax.random.key(0)), jnp.float16)   # compiles nothing
+    like = eqx.filter_eval_shape(lambda key: cast(make(key), jnp.float16), jax.random.key(0))
     return cast(load_checkpoint(path, like)[1], jnp.float32)
-
-
-def resume(path, header, like):
-    """load_checkpoint of the state of a run that was cut off; UserError if its script, detector, flags or
-    rows differ from those of `header`, which this run saves with its own states."""
-    found, tree = load_checkpoint(path, like, header["script"], header["detector"])
-    changed = [name for name, value in header["flags"].items() if found["flags"].get(name) != plain(value)]
-    if changed or found["rows"] != header["rows"]:
-        different = ", ".join(changed) or "rows of the data"
-        raise UserError(f"{path}: --resume needs the flags of the first run; different: {different}")
-    return found, tree
 
 
 def _read_checkpoint(path, script, detector):
@@ -416,7 +383,7 @@ def _read_checkpoint(path, script, detector):
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint, expected a first line of JSON with format {FORMAT}")
     if header.pop("crc32", None) != _checksum(header, leaves):
-        raise UserError(f"{path}: damaged, expected the header and {len(leaves)} bytes of arrays to match the checksum")
+        raise UserError(f"{path}: damaged, expected {len(leaves)} bytes of arrays to match the checksum")
     for name, expected in (("script", script), ("detector", detector)):
         if expected not in (None, header.get(name)):
             raise UserError(f"{path}: made by {name} {header.get(name)}, expected {name} {expected}")
@@ -427,24 +394,10 @@ def _checksum(header, leaves):
     return zlib.crc32(leaves, zlib.crc32(json.dumps(header).encode()))
 
 
-def _is_key(leaf):
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _save_leaf(file, leaf):
-    eqx.default_serialise_filter_spec(file, jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
-def _load_leaf(file, leaf):
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(jnp.load(file), impl=jax.random.key_impl(leaf))
-    return eqx.default_deserialise_filter_spec(file, leaf)
-
-
 # -------------------------------------------------------------------------------------- progress and log book
 
 def progress(what, label, quiet=False):
-    """`what`, an iterable or a number of rounds, with a bar that shows the remaining time; none if `quiet`."""
+    """`what`, an iterable or a number of rounds, with a bar that shows the remaining time unless `quiet`."""
     rounds = range(what) if isinstance(what, int) else what
     interval = 0.2 if sys.stderr.isatty() else 30  # s; a log file need not hold every state of the bar
     return tqdm(rounds, desc=label, disable=quiet, mininterval=interval, dynamic_ncols=True)
@@ -453,30 +406,33 @@ def progress(what, label, quiet=False):
 LOGGED = 50  # steps from one line of log.jsonl to the next
 
 
-class Logbook:
-    """The book that a training loop keeps: a progress bar, log.jsonl every LOGGED steps and its picture, the
-    state once a minute and at the end.
+class Logbook(AbstractContextManager):
+    """The record of a training: a progress bar, log.jsonl every LOGGED steps, the state every minute.
 
-    Each saved state has the header of the `plan` and the number of training `rows`, which --resume wants
-    unchanged. `step` counts the steps done, out of `steps`. Used in a `with`, so that the bar is closed
-    before an error is told.
+    `step` counts the steps done, out of `steps`. A saved state begins with the header of the `plan` and the
+    number of training `rows`, which --resume expects unchanged.
     """
 
     def __init__(self, plan, rows, steps):
         self.plan, self.header, self.steps = plan, plan.header | {"rows": rows}, steps
         self.path, self.step, self.before, self.checkpoint = plan.run / "state.eqx", 0, 0.0, None
-        self.bar = progress(steps, f"training {plan.header['script']} on {plan.header['detector']}", plan.quiet)
-
-    def __enter__(self):
-        return self
+        label = f"training {self.header['script']} on {self.header['detector']}"
+        self.bar = progress(steps, label, plan.quiet)
 
     def __exit__(self, *error):
-        self.bar.close()
+        self.bar.close()  # before an error is printed
 
     def begin(self, state):
-        """The state to start from: `state` itself or, with --resume, the saved one, a tree of the same shapes."""
+        """The state to start from: `state` itself or, with --resume, the saved one, of the same shapes."""
         if self.plan.resume:
-            found, state = resume(self.path, self.header, state)
+            found, state = load_checkpoint(self.path, state, self.header["script"], self.header["detector"])
+            flags, saved = self.header["flags"], found["flags"]
+            changed = [name for name in flags if saved.get(name) != plain(flags[name])]
+            if found["rows"] != self.header["rows"]:
+                changed.append("rows of the data")
+            if changed:
+                raise UserError(f"{self.path}: --resume needs the flags of the first run; different: "
+                                f"{', '.join(changed)}")
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
         cut_log(self.plan.run, self.step if self.plan.resume else -1)
         self.bar.update(self.step)
@@ -484,8 +440,8 @@ class Logbook:
         return state
 
     def record(self, state, losses):
-        """To be called after each step with its state and its losses, a dict of scalars, which the device is
-        asked for only now and then. Diverged if one is not finite."""
+        """Count a step with its state and its losses, a dict of scalars. UserError if one is not finite.
+        They are read every LOGGED steps only, because the device has to wait for that."""
         self.step += 1
         self.bar.update()
         if self.step % LOGGED and self.step < self.steps:
@@ -500,10 +456,10 @@ class Logbook:
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
-        """{"train_seconds": of this run and those before, "step_seconds": median,
-        None without two lines in the log}."""
-        lines = read_log(self.plan.run)
-        per_step = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines)]
+        """{"train_seconds": of all parts of the run, "step_seconds": median, None for a log of one line}."""
+        log = read_log(self.plan.run)
+        per_step = [(after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+                    for before, after in zip(log, log[1:])]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
@@ -516,10 +472,10 @@ def normal(key, *shape, scale=None):
 
 
 class Linear(eqx.Module):
-    """A linear layer on the last axis, (..., inputs) -> (..., outputs), in the number format of its weights.
+    """Linear layer on the last axis, (..., inputs) -> (..., outputs), in the number format of its weights.
 
-    Its first weights, times `scale`, are uniform as in eqx.nn.Linear; without a bias, normal of variance 1 /
-    inputs. One product for all axes: vmap over eqx.nn.Linear is twice as slow on a CPU.
+    Its initial weights, times `scale`, are uniform as in eqx.nn.Linear; without a bias, normal of variance
+    1 / inputs. One product for all axes: vmap over eqx.nn.Linear is twice as slow on a CPU.
     """
     weight: jax.Array
     bias: jax.Array | None
@@ -539,7 +495,8 @@ class MLP(eqx.Module):
     layers: list
 
     def __init__(self, key, *widths):
-        self.layers = [Linear(*pair, k) for k, pair in zip(jax.random.split(key, len(widths)), zip(widths, widths[1:]))]
+        keys = jax.random.split(key, len(widths))
+        self.layers = [Linear(*sizes, k) for k, *sizes in zip(keys, widths, widths[1:])]
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -548,12 +505,12 @@ class MLP(eqx.Module):
 
 
 def normalise(h):
-    """Root-mean-square norm over the last axis."""
+    """Root-mean-square normalisation over the last axis."""
     return h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
 
 
 class State(eqx.Module):
-    """What a training step changes: the network, the moving average of its weights, the state of the optimiser."""
+    """State of a training: the network, the moving average of its weights, and the optimiser's state."""
     net: eqx.Module
     ema: eqx.Module
     optimiser: optax.OptState
@@ -561,19 +518,19 @@ class State(eqx.Module):
 
 def first_state(net, optimiser):
     """The State before the first step."""
-    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)  # a copy: a step gives its buffers away
+    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)  # a step gives its buffers away
     return State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
 
 
 def moving_average(ema, net, decay, step):
-    """`ema` after a step, 0 the first, that ended in `net`: ema <- decay ema + (1 - decay) net, faster at first."""
+    """decay ema + (1 - decay) net after step number `step`, from 0; the decay is smaller at first."""
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     mix = lambda old, new: decay * old + (1 - decay) * new if eqx.is_inexact_array(old) else old
     return jax.tree.map(mix, ema, net)
 
 
 def adamw(plan, steps, **options):
-    """AdamW behind a clip of the gradient norm; the learning rate ends near 0 after `steps` steps."""
+    """AdamW with clipped gradients and a learning rate that ends near 0 after `steps` steps."""
     schedule = (optax.cosine_onecycle_schedule(steps, plan.lr, 0.1, 10, 100) if plan.schedule == "onecycle"
                 else optax.cosine_decay_schedule(plan.lr, steps))
     options = {"b2": 0.99, "weight_decay": 1e-4} | options
@@ -581,20 +538,19 @@ def adamw(plan, steps, **options):
 
 
 def shuffled(rows, size, rng):
-    """Index arrays (size,) that visit `rows` once in random order; the last short batch is dropped."""
+    """Batches of `rows` in random order, (number, size); a last short one is dropped."""
     order = rng.permutation(rows)
     return order[:len(order) // size * size].reshape(-1, size)
 
 
 def batches(arrays, rows, plan, mesh, start=0):
-    """Yield the batches of a whole training from the step `start` on: the given `rows` of each of `arrays`
-    (N, ...), in an order that --seed and the epoch fix, as tuples of arrays (batch_size, ...) spread over the
-    hosts and devices of `mesh`.
-    """
-    per_epoch = len(rows) // plan.batch_size
-    for epoch in range(start // per_epoch, plan.epochs):
+    """Yield the batches of a training from the step `start` on: tuples of arrays (batch_size, ...).
+    They hold the given `rows` of each of `arrays` (N, ...), in an order that the seed and the epoch fix, and
+    are spread over the hosts and devices of `mesh`."""
+    first, done = divmod(start, len(rows) // plan.batch_size)
+    for epoch in range(first, plan.epochs):
         order = shuffled(rows, plan.batch_size, np.random.default_rng([plan.seed, epoch]))
-        for batch in order[start % per_epoch if epoch == start // per_epoch else 0:]:
+        for batch in order[done if epoch == first else 0:]:
             here = np.split(batch, jax.process_count())[jax.process_index()]  # the rows of this host
             yield shard_batch(tuple(array[here] for array in arrays), mesh)
 
@@ -603,8 +559,8 @@ BLOCK = 256  # responses per call when many are made; larger blocks leave a CPU'
 
 
 def in_blocks(function, key, *arrays):
-    """function(*blocks, key) over the rows of `arrays` (N, ...), BLOCK at a time with a key of its own: an
-    array (N, ...). The last block is filled up with zeros, so that a compiled function meets one shape."""
+    """function(*blocks, key) over the rows of `arrays` (N, ...), BLOCK at a time with a key each: (N, ...).
+    The last block is filled up with zeros, so that a compiled function meets one shape."""
     rows, found = len(arrays[0]), []
     for start in range(0, rows, BLOCK):
         blocks = [array[start:start + BLOCK] for array in arrays]
@@ -616,16 +572,13 @@ def in_blocks(function, key, *arrays):
 
 # ---------------------------------------------------------------------------------------------- time and cost
 
-BATCHES = 1, 32, 256, 1024, 8192, 16384  # to time where a response costs little [Poster, Table 3]
+BATCHES = 1, 32, 256, 1024, 8192, 16384  # sizes to time where a response costs little [Poster, Table 3]
 
 
 def time_sampler(draw, width, sizes, repeats=5):
-    """Time draw(c (size, width), key) on a batch of each of `sizes`, on a CPU in blocks as responses are
-    generated: {"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}}.
-
-    The first call of each size compiles; then the median of `repeats` calls counts, each waited for to its
-    end. compile_seconds is what the first call took longer than that.
-    """
+    """{"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}} of draw(c (size, width), key).
+    On a CPU large batches are drawn in blocks, as responses are generated. The first call of each of `sizes`
+    compiles: it counts for compile_seconds, less the median of the `repeats` calls after it."""
     key, blocked = jax.random.key(0), lambda c, key: in_blocks(draw, key, c)
     times = {}
     for size in sizes:
@@ -637,7 +590,7 @@ def time_sampler(draw, width, sizes, repeats=5):
 
 
 def seconds(function, *arguments):
-    """What a call takes, waited for to its end."""
+    """Duration of a call, waited for to its end."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
@@ -645,33 +598,34 @@ def seconds(function, *arguments):
 
 def print_rows(rows):
     """Print dicts with the same keys as a table."""
-    text = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    lines = [[name.replace("_", " ") for name in rows[0]], *text]
+    word = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [[name.replace("_", " ") for name in rows[0]], *[list(map(word, row.values())) for row in rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(word.rjust(width) for word, width in zip(line, widths)))
 
 
 def network_cost(net, *inputs):
-    """{"parameters", "mflop"}: trainable numbers, and 10^6 floating-point operations of net(*inputs) as XLA
-    counts them. `inputs` are the shapes of one example's."""
+    """{"parameters": trainable numbers, "mflop": 10^6 floating-point operations of net(*inputs), counted by
+    XLA}; `inputs` are the shapes of one example's."""
     arrays, rest = eqx.partition(net, eqx.is_array)
     inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in inputs]
     call = jax.jit(lambda arrays, *inputs: eqx.combine(arrays, rest)(*inputs))
-    return {"parameters": count_parameters(net), "mflop": call.lower(arrays, *inputs).compile().cost_analysis()["flops"] / 1e6}
+    cost = call.lower(arrays, *inputs).compile().cost_analysis()
+    return {"parameters": count_parameters(net), "mflop": cost["flops"] / 1e6}
 
 
 def count_parameters(tree):
-    """The number of trainable numbers in a model: all its floating-point arrays."""
+    """The number of trainable numbers in a model: the size of its floating-point arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
 
 
 # ---------------------------------------------------------------------------------------- machine and devices
 
 def versions():
-    """{"zdc": ..., "python": ..., "jax": ..., ...}: what made a result."""
-    packages = ("jax", "jaxlib", "equinox", "optax", "numpy")
-    return {"zdc": VERSION, "python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    """Versions of the software that made a result: {"zdc": ..., "python": ..., "jax": ..., ...}."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "numpy")}
+    return {"zdc": VERSION, "python": platform.python_version()} | packages
 
 
 def _cpuinfo(*fields):
@@ -682,7 +636,7 @@ def _cpuinfo(*fields):
 
 
 def device_name():
-    """The devices that JAX computes on: CPU model and usable cores, or number and kind of the accelerators."""
+    """The devices of JAX: model and usable cores of the CPU, or number and kind of the accelerators."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
@@ -696,8 +650,8 @@ def cache_folder():
 
 
 def enable_compilation_cache():
-    """Keep compiled code on disk, so that a second run starts in seconds. Call it before anything is compiled."""
-    features = _cpuinfo("flags", "Features")  # code compiled for one CPU may crash another that shares the folder
+    """Keep compiled code on disk, so that a second run starts in seconds; called before any compilation."""
+    features = _cpuinfo("flags", "Features")  # code for one CPU may crash another that shares the folder
     folder = cache_folder() / "xla" / f"{zlib.crc32(features.encode()):08x}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the defaults skip everything small,
@@ -705,18 +659,15 @@ def enable_compilation_cache():
 
 
 def prepare_jax():
-    """What a run needs before JAX is first used: its hosts and the cache of compiled code."""
+    """Join the hosts of the run and open the cache of compiled code; called before JAX is first used."""
     initialize_hosts()
     enable_compilation_cache()
 
 
 def initialize_hosts():
-    """Join the hosts of one run, if these are set; call it before JAX is first used.
-
-    ZDC_COORDINATOR: host:port of the first host; ZDC_PROCESSES: how many hosts; ZDC_PROCESS_ID: this one's
-    number, from 0. UserError if only some are set. Every host then runs the same command; the first writes
-    the files.
-    """
+    """Join the hosts of a run, which all run the same command, if three environment variables are set:
+    ZDC_COORDINATOR, host:port of the first host, which writes the files; ZDC_PROCESSES, number of hosts;
+    ZDC_PROCESS_ID, this one's number, from 0. UserError if only some are set."""
     names = ("ZDC_COORDINATOR", "ZDC_PROCESSES", "ZDC_PROCESS_ID")
     values = [os.environ.get(name) for name in names]
     if not any(values):
@@ -735,7 +686,7 @@ def batch_mesh(n):
 
 
 def shard_batch(tree, mesh):
-    """The arrays of `tree`, (B, ...) with this host's rows, as arrays of all hosts' rows, spread over the mesh."""
+    """The arrays of `tree`, this host's rows (B, ...), as arrays of all hosts' rows, spread over the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), tree)
 

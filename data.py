@@ -1,11 +1,10 @@
-"""Data sets: files, splits, conditions; what a detector is to a network; photon counts as numbers and as
-distributions.
+"""Data sets (files, splits, conditions), the geometry of a detector for networks, and photon counts.
 
 A data set holds `responses` uint16 (N, H, W), photons per fibre; `particles` float32 (N, 9), as FEATURES, in
 GeV, cm, MeV and units of e; `pdg` int32 (N,). Without --data it is the open data set of simulator.py,
 simulated on first use and kept in the cache folder.
 
-    python data.py --detector zn --out zn.h5     write the open data set, by default 306 780 rows (ZN), 129 676 (ZP)
+    python data.py --detector zn --out zn.h5     write the open data set, 306 780 rows (ZN) or 129 676 (ZP)
 """
 import io
 import zipfile
@@ -21,14 +20,14 @@ import numpy as np
 import common
 import simulator
 from common import UserError
-from simulator import CUT, DETECTORS, FEATURES, VERSION
+from simulator import CUT, DETECTORS, FEATURES, ROWS, VERSION
 
 BEAM_GEV = 7100.0     # more than the LHC's protons have: larger energies are in MeV by mistake
 UNSEEN = 20_000       # rows of fresh particles to test on, at most
-ROWS = {"zn": 306_780, "zp": 129_676}   # of the papers' data sets
 
 
 class Dataset(NamedTuple):
+    """Responses and their particles, row by row."""
     responses: np.ndarray   # uint16 (N, H, W), photons
     particles: np.ndarray   # float32 (N, 9), as FEATURES
     pdg: np.ndarray         # int32 (N,); 0 where a file does not say
@@ -46,17 +45,17 @@ class Split(NamedTuple):
 def save(path, dataset, **attributes):
     """Write `dataset` as HDF5 (responses, particles, pdg; gzip), whole or not at all."""
     starts = range(0, len(dataset.pdg), 8192)
-    blocks = ({name: array[start:start + 8192] for name, array in dataset._asdict().items()} for start in starts)
+    blocks = (select(dataset, slice(start, start + 8192))._asdict() for start in starts)
     save_blocks(path, len(dataset.pdg), blocks, cut=CUT, version=VERSION, **attributes)
 
 
 class _Sink(io.FileIO):
-    """A file for HDF5, which crashes at exit after a failed write: the first failure is kept, all that follows is dropped."""
+    """A file for HDF5, which crashes at exit after a failed write: the first failure ends all writing."""
     failure = None
 
     def write(self, data):
         rest = memoryview(data)
-        while len(rest) and self.failure is None:
+        while len(rest) and not self.failure:
             try:
                 rest = rest[super().write(rest):]   # a disk that is almost full takes a part
             except OSError as error:
@@ -65,21 +64,19 @@ class _Sink(io.FileIO):
 
     def truncate(self, size=None):
         try:
-            return super().truncate(size) if self.failure is None else size
+            return size if self.failure else super().truncate(size)
         except OSError as error:
             self.failure = error
 
     def check(self):
         """Raise the failure, if there was one."""
-        if self.failure is not None:
+        if self.failure:
             raise self.failure
 
 
 def save_blocks(path, total, blocks, **attributes):
-    """Stream `blocks`, dicts of arrays that add up to `total` rows, into one HDF5 file: whole or not at all.
-
-    Raises UserError if the disk is full or the file cannot be written.
-    """
+    """Stream `blocks`, dicts of arrays with `total` rows together, into one HDF5 file: whole or not at all.
+    UserError if the disk is full or the file cannot be written."""
     filled = 0
     with common.write_atomic(path) as temporary, _Sink(temporary, "w+") as sink:
         with h5py.File(sink, "w") as file:
@@ -87,7 +84,8 @@ def save_blocks(path, total, blocks, **attributes):
                 rows = len(next(iter(block.values())))
                 for name, array in block.items():
                     if name not in file:
-                        file.create_dataset(name, (total, *array.shape[1:]), array.dtype, chunks=(min(total, 256), *array.shape[1:]),
+                        row = array.shape[1:]
+                        file.create_dataset(name, (total, *row), array.dtype, chunks=(min(total, 256), *row),
                                             compression="gzip", compression_opts=1, shuffle=True)
                     file[name][filled:filled + rows] = array
                 sink.check()
@@ -96,95 +94,77 @@ def save_blocks(path, total, blocks, **attributes):
         sink.check()
 
 
-def simulate_dataset(name, n, seed=0, fresh=False, quiet=False):
-    """The open data set of open_data, simulated."""
-    try:
-        dataset = Dataset(np.empty((n, *DETECTORS[name].shape), np.uint16),
-                          np.empty((n, len(FEATURES)), np.float32), np.empty(n, np.int32))
-    except MemoryError as error:
-        raise UserError(f"--n {n}: {error}") from None
-    filled = 0
-    for block in simulator.simulated_blocks(name, n, seed, fresh, quiet):
-        for whole, part in zip(dataset, block):
-            whole[filled:filled + len(part)] = part
-        filled += len(block[0])
-    return dataset
+def write_open_data(path, name, n, seed=0, fresh=False, quiet=False):
+    """Simulate the open data set (see open_data) into an HDF5 file."""
+    blocks = simulator.simulated_blocks(name, n, seed, fresh, quiet)
+    named = (dict(zip(Dataset._fields, block)) for block in blocks)
+    save_blocks(path, n, named, cut=CUT, version=VERSION, detector=name, seed=seed)
 
 
 def open_data(name, n=None, seed=0, fresh=False, quiet=False):
-    """The open data set of detector `name`: `n` rows (the published number if None), simulated on first use
-    and cached.
-
+    """The open data set of detector `name`, simulated on first use: `n` rows, if None as many as the papers'.
     The same (name, n, seed, VERSION) gives the same bytes. `fresh=True` holds other particles of the same
-    spectrum: none of them occurs in the plain set of that seed.
-    """
+    spectrum: none of them occurs in the plain set of that seed."""
     n = n or ROWS[name]
     path = common.cache_folder() / f"{name}-{n}-seed{seed}{'-fresh' * fresh}-v{VERSION}.h5"
-    if path.exists():
-        return load(path, name)
-    dataset = simulate_dataset(name, n, seed, fresh, quiet)
-    save(path, dataset, detector=name, seed=seed)
-    return dataset
+    if not path.exists():
+        write_open_data(path, name, n, seed, fresh, quiet)
+    return load(path, name)
 
 
 def load(path, name):
-    """Read and check a data set: this file's HDF5, or the papers' pair of npz files (a folder, or either of
-    the two).
-
-    Raises UserError for anything that is missing, damaged, of another detector, or out of its range.
-    """
+    """Read and check a data set of detector `name`: HDF5 as `save` writes it, or the papers' npz pair (their
+    folder or either file). UserError for what is missing, damaged, of another detector, or out of range."""
     path = Path(path)
-    responses, particles, pdg = _read_npz(path) if path.is_dir() or path.suffix == ".npz" else _read_hdf5(path, name)
-    shape = DETECTORS[name].shape
-    if responses.ndim != 3 or responses.shape[1:] != shape:
-        raise UserError(f"{path}: {name} responses must have the shape (N, {shape[0]}, {shape[1]}), not {responses.shape}")
-    if len(responses) != len(particles) or len(pdg) != len(particles):
+    npz = path.is_dir() or path.suffix == ".npz"
+    responses, particles, pdg = _read_npz(path) if npz else _read_hdf5(path, name)
+    if responses.ndim != 3 or responses.shape[1:] != DETECTORS[name].shape:
+        expected = "(N, {}, {})".format(*DETECTORS[name].shape)
+        raise UserError(f"{path}: {name} responses must have the shape {expected}, not {responses.shape}")
+    if len(responses) != len(particles):
         raise UserError(f"{path}: {len(responses)} responses for {len(particles)} particles")
     return Dataset(_check_counts(path, responses), check_particles(path, particles), pdg)
 
 
 def _read_hdf5(path, name=None, needed=("responses", "particles")):
-    with open_hdf5(path) as file:
-        try:
-            here = [key for key in (*needed, "pdg") if isinstance(file.get(key), h5py.Dataset)]
-            if "pdg" in file and "pdg" not in here:
-                raise ValueError("pdg is not a data set")
-            made_for = file.attrs.get("detector", name)
-            arrays = {key: np.asarray(file[key][()]) for key in here}
-        except Exception as error:   # h5py raises nearly every type of error on a damaged file
-            raise UserError(f"{path}: damaged HDF5 file: {error}") from None
-    missing = [key for key in needed if key not in here]
-    if missing:
-        raise UserError(f"{path}: expected the HDF5 data sets {', '.join(needed)}; {missing[0]} is missing")
-    if name and made_for != name:
-        raise UserError(f"{path}: holds {made_for} data, not {name}; see --detector")
-    pdg = arrays.get("pdg", np.zeros(arrays["particles"].shape[:1]))
-    return *(arrays[key] for key in needed), _check_pdg(path, pdg)
-
-
-def open_hdf5(path):
-    """Open an HDF5 file for reading. Raises UserError if it is not there or not HDF5."""
+    """The `needed` arrays of a file and its PDG ids. UserError if it is not of detector `name`."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return h5py.File(path, "r")
-    except OSError:
-        raise UserError(f"{path}: expected an HDF5 file") from None
+        with h5py.File(path) as file:
+            here = [key for key in (*needed, "pdg") if isinstance(file.get(key), h5py.Dataset)]
+            arrays = {key: np.asarray(file[key][()]) for key in here}
+            made_for = file.attrs.get("detector", name)
+            if "pdg" in file and "pdg" not in arrays:
+                raise ValueError("pdg is not a data set")
+    except Exception as error:   # h5py raises nearly every type of error on a damaged file
+        raise UserError(f"{path}: damaged, or not an HDF5 file: {error}") from None
+    if missing := [key for key in needed if key not in arrays]:
+        raise UserError(f"{path}: expected the HDF5 data sets {', '.join(needed)}; {missing[0]} is missing")
+    if name and made_for != name:
+        raise UserError(f"{path}: holds {made_for} data, not {name}; see --detector")
+    return *(arrays[key] for key in needed), _check_pdg(path, arrays.get("pdg"), arrays["particles"])
 
 
 def _read_npz(path):
-    """The papers' layout: data_nonrandom_responses.npz (N, H, W) and data_nonrandom_particles.npz (N, 10), key arr_0."""
+    """Responses, particles and PDG ids of the papers' files: data_nonrandom_responses.npz (N, H, W) and
+    data_nonrandom_particles.npz (N, 10), each under the key arr_0."""
     folder = path if path.is_dir() else path.parent
-    responses, table = (_npz_array(folder / f"data_nonrandom_{kind}.npz") for kind in ("responses", "particles"))
+    files = (folder / f"data_nonrandom_{kind}.npz" for kind in ("responses", "particles"))
+    responses, table = map(_npz_array, files)
+    return responses, *_split_table(folder, table)
+
+
+def _split_table(path, table):
+    """Features (N, 9) and PDG ids (N,) of a table of 9 or 10 columns."""
     if table.ndim != 2 or table.shape[1] not in (9, 10):
-        raise UserError(f"{folder}: particles must have 9 features and the PDG id, shape (N, 10), not {table.shape}")
-    pdg = table[:, 9] if table.shape[1] == 10 else np.zeros(len(table))
-    return responses, table[:, :9], _check_pdg(folder, pdg)
+        raise UserError(f"{path}: expected 9 features and a PDG id, shape (N, 10), not {table.shape}")
+    return table[:, :9], _check_pdg(path, table[:, 9] if table.shape[1] == 10 else None, table)
 
 
 def _npz_array(path):
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a folder of the papers' data holds data_nonrandom_responses.npz and "
+        raise UserError(f"{path}: no such file; the papers' folder holds data_nonrandom_responses.npz and "
                         "data_nonrandom_particles.npz")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -193,34 +173,34 @@ def _npz_array(path):
         raise UserError(f"{path}: expected an npz file with a plain array under the key arr_0") from None
 
 
-def _check_pdg(path, pdg):
-    """int32 (N,)."""
-    if pdg.ndim > 1 or pdg.dtype.kind not in "iuf" or not (np.abs(pdg.astype(np.float64)) < 2**31).all() or not np.array_equal(pdg, np.rint(pdg)):
-        raise UserError(f"{path}: PDG ids must be one column of whole numbers")
+def _check_pdg(path, pdg, particles):
+    """PDG ids int32 (N,) of particles (N, ...); 0 where `pdg` is None."""
+    pdg = np.zeros(particles.shape[:1]) if pdg is None else pdg
+    numbers = pdg.shape == particles.shape[:1] and pdg.dtype.kind in "iuf"
+    if not (numbers and (np.abs(pdg.astype(np.float64)) < 2**31).all() and np.array_equal(pdg, np.rint(pdg))):
+        raise UserError(f"{path}: PDG ids must be one column of whole numbers, shape {particles.shape[:1]}")
     return pdg.astype(np.int32)
 
 
 def _check_counts(path, responses):
-    """uint16 photon counts; anything that is not a count from 0 to 65535 is an error."""
+    """Photon counts as uint16; anything that is not a count from 0 to 65535 is an error."""
     if responses.dtype.kind not in "iuf":
         raise UserError(f"{path}: responses must be numbers, not {responses.dtype}")
     for start in range(0, len(responses), 8192):   # in blocks: the comparisons below would copy 1 GB
         block = responses[start:start + 8192]
         if not np.isfinite(block).all():
-            raise UserError(f"{path}: responses hold NaN or infinity near row {start}")
+            raise UserError(f"{path}: responses hold NaN or infinity, see rows after {start}")
         if block.size and (block.min() < 0 or block.max() > 65535):
-            raise UserError(f"{path}: photon counts must lie between 0 and 65535, see the rows after {start}")
+            raise UserError(f"{path}: photon counts must lie between 0 and 65535, see rows after {start}")
         if block.dtype.kind == "f" and not np.array_equal(block, np.rint(block)):
-            raise UserError(f"{path}: responses must be whole photon counts, see the rows after {start}; are they scaled?")
+            raise UserError(f"{path}: responses must be whole counts, not scaled, see rows after {start}")
     return np.ascontiguousarray(responses, dtype=np.uint16)
 
 
 def check_particles(path, particles):
-    """float32 (N, 9) features in the units of FEATURES.
-
-    Raises UserError for another shape, values that are not finite, and energies that do not fit E^2 = p^2 +
-    m^2 within 2 % (momenta in MeV or masses in GeV, for instance) or exceed the beam's.
-    """
+    """Features float32 (N, 9) of particles, in the units of FEATURES. UserError for another shape, values not
+    finite, and energies that exceed the beam's or miss E^2 = p^2 + m^2 by more than 2 % (momenta in MeV or
+    masses in GeV, for instance)."""
     if particles.ndim != 2 or particles.shape[1] != len(FEATURES) or particles.dtype.kind not in "iuf":
         raise UserError(f"{path}: particles must be numbers of the shape (N, 9): {', '.join(FEATURES)}; "
                         f"got {particles.dtype} {particles.shape}")
@@ -234,46 +214,39 @@ def check_particles(path, particles):
     expected = np.sqrt((momentum**2).sum(1) + mass**2)
     bad = (energy <= 0) | (mass < 0) | (np.abs(energy - expected) > 0.02 * np.maximum(energy, 1e-9))
     bad |= (energy > BEAM_GEV) | (np.abs(momentum[:, 2]) <= 1e-6 * energy)
-    bad |= (mass > 1e-6) & (mass < 0.1) & (np.abs(mass - 0.000511) > 1e-6)   # in GeV by mistake: only the electron is so light
+    # only the electron is so light: other masses are in GeV by mistake
+    bad |= (mass > 1e-6) & (mass < 0.1) & (np.abs(mass - 0.000511) > 1e-6)
     if bad.any():
         row = int(bad.argmax())
-        raise UserError(f"{path}: particle row {row} has E = {energy[row]:g} but sqrt(p^2 + m^2) = {expected[row]:g} GeV with "
-                        f"pz = {momentum[row, 2]:g}, mass = {wide[row, 7]:g} MeV; expected E and p in GeV up to {BEAM_GEV:g}, mass in MeV, pz not 0")
+        found = (f"E = {energy[row]:g} but sqrt(p^2 + m^2) = {expected[row]:g} GeV with "
+                 f"pz = {momentum[row, 2]:g}, mass = {wide[row, 7]:g} MeV")
+        raise UserError(f"{path}: particle row {row} has {found}; expected E and p in GeV up to "
+                        f"{BEAM_GEV:g}, mass in MeV, pz not 0")
     return particles.astype(np.float32)
 
 
 def read_particles(path):
-    """A particle list for generation: HDF5 (`particles`, optional `pdg`), npz (N, 9 or 10, key arr_0) or CSV
-    with a header.
-
-    Returns particles float32 (N, 9), pdg int32 (N,) (0 where not known). Raises UserError on anything else.
-    """
+    """A particle list to generate for: particles float32 (N, 9) and pdg int32 (N,), 0 where not known.
+    HDF5 (`particles`, optional `pdg`), npz (N, 9 or 10, key arr_0) or CSV with a header; else UserError."""
     path = Path(path)
     if path.suffix == ".csv":
         particles, pdg = _read_csv(path)
     elif path.suffix == ".npz":
-        table = _npz_array(path)
-        wide = table.ndim == 2 and table.shape[1] == 10
-        particles, pdg = (table[:, :9], table[:, 9]) if wide else (table, np.zeros(table.shape[:1]))
-        pdg = _check_pdg(path, pdg)
+        particles, pdg = _split_table(path, _npz_array(path))
     else:
         particles, pdg = _read_hdf5(path, needed=("particles",))
-    particles = check_particles(path, particles)
-    if pdg.shape != (len(particles),):
-        raise UserError(f"{path}: PDG ids of the shape {pdg.shape} for {len(particles)} particles")
-    return particles, pdg
+    return check_particles(path, particles), pdg
 
 
 def _read_csv(path):
     """Columns in any order, named as FEATURES, and optionally pdg."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = [name.strip() for name in file.readline().strip().split(",")]
-        missing = [name for name in FEATURES if name not in header]
-        if missing:
-            raise UserError(f"{path}: the first line must name the columns {', '.join(FEATURES)}; missing {', '.join(missing)}")
-        lines = [line for line in file if line.strip()]
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    header, lines = [name.strip() for name in header.split(",")], [line for line in lines if line.strip()]
+    if missing := [name for name in FEATURES if name not in header]:
+        raise UserError(f"{path}: the first line must name the columns {', '.join(FEATURES)}; "
+                        f"missing {', '.join(missing)}")
     if not lines:
         raise UserError(f"{path}: no particles")
     try:
@@ -282,53 +255,54 @@ def _read_csv(path):
         raise UserError(f"{path}: {error}") from None
     if table.shape[1] != len(header):
         raise UserError(f"{path}: {len(header)} names in the header but {table.shape[1]} columns")
-    columns = {name: table[:, i] for i, name in enumerate(header)}
-    pdg = columns.get("pdg", np.zeros(len(table)))
-    return np.stack([columns[name] for name in FEATURES], axis=1), _check_pdg(path, pdg)
+    columns = dict(zip(header, table.T))
+    return np.stack([columns[name] for name in FEATURES], axis=1), _check_pdg(path, columns.get("pdg"), table)
 
 
-# ----------------------------------------------------------------------------- splits, conditions and batches
+# -------------------------------------------------------------------------------------- splits and conditions
 
 def split_rows(n, seed):
-    """Random rows, 70 / 10 / 20 %, as the papers: a Split."""
+    """A Split of random rows, 70 / 10 / 20 % as in the papers."""
     order = np.random.default_rng([seed, 70]).permutation(n)
     return Split(*np.split(order, [int(0.7 * n), int(0.8 * n)]))
 
 
 def unique_particles(particles):
-    """Rows with equal features are runs of one particle: ids (N,) from 0 and the first row of each particle (U,)."""
+    """Ids of the unique particles, (N,) from 0, and the first row of each, (U,). Runs have equal features."""
     keys = np.ascontiguousarray(particles, np.float32).view(f"V{4 * particles.shape[1]}").ravel()
     _, first, ids = np.unique(keys, return_index=True, return_inverse=True)
     return ids.ravel(), first
 
 
 def split_particles(particles, seed):
-    """70 / 10 / 20 % of the particles with all of their runs: no particle of one part occurs in another."""
+    """A Split of whole particles, 70 / 10 / 20 % of them: no particle of one part occurs in another."""
     ids, first = unique_particles(particles)
     parts = split_rows(len(first), seed)
     return Split(*(np.flatnonzero(np.isin(ids, part)) for part in parts))
 
 
 def select(dataset, rows):
-    """The Dataset of the given rows."""
+    """The Dataset of the given rows, numbers or a slice."""
     return Dataset(*(field[rows] for field in dataset))
 
 
 def open_split(args):
-    """(Dataset, Split): what --detector, --data, --n and --split name; a loaded model meets the rows of its
-    own training. UserError where the training rows do not fill a --batch-size."""
+    """(Dataset, Split) of --detector, --data, --n and --split; for a loaded model those of its training.
+    UserError if the training rows do not fill a --batch-size."""
     seed = args.header["flags"]["seed"]
-    dataset = load(args.data, args.detector) if args.data else open_data(args.detector, args.n, seed, quiet=args.quiet)
-    split = split_particles(dataset.particles, seed) if args.split == "particles" else split_rows(len(dataset.pdg), seed)
-    if not args.load and not 2 <= args.batch_size <= len(split.train):
-        raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split.train)}, the training rows")
+    dataset = (load(args.data, args.detector) if args.data
+               else open_data(args.detector, args.n, seed, quiet=args.quiet))
+    split = (split_particles(dataset.particles, seed) if args.split == "particles"
+             else split_rows(len(dataset.pdg), seed))
+    if "load" in args and not args.load and not 2 <= args.batch_size <= len(split.train):  # not of channels.py
+        raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split.train)} (training rows)")
     return dataset, split
 
 
 def test_sets(args, dataset, split):
-    """{"seen": Dataset, "unseen": Dataset} to score on: the test rows are one of them, by --split; fresh
-    particles of the simulator, at most UNSEEN, the other. With --validate {"validation": Dataset} alone."""
-    if args.validate:
+    """Data sets to score on, {"seen": Dataset, "unseen": Dataset}; with --validate, {"validation": Dataset}.
+    The test rows are one of the two, by --split; fresh particles of the simulator are the other."""
+    if "validate" in args and args.validate:
         return {"validation": select(dataset, split.validation)}
     test = select(dataset, split.test)
     if args.split == "particles":
@@ -346,49 +320,47 @@ class Scaler(NamedTuple):
     mode: str
 
 
-CONDITIONS = {"raw": 9, "physics": 14}   # how many
-PLACE_CM = DETECTORS["zn"].half[0]      # unit of the places among them
+CONDITIONS = {"raw": 9, "physics": 14}   # their number, by --cond
+PLACE_CM = DETECTORS["zn"].half[0]       # unit of the coordinates among them
 
 
 def _features(particles, mode):
-    """Conditions before scaling, float64 (N, CONDITIONS[mode]).
-
-    "physics" adds what geometry gives for free: log E, charge / momentum, on which the magnets act, and three
-    places, last: x and y of the straight-line impact point, and x where the dipole bends a charged particle
-    to, from the middle of ZP, as arcsinh in units of PLACE_CM: linear inside, logarithmic far outside.
-    """
+    """Conditions before scaling, float64 (N, CONDITIONS[mode]). "physics" adds what geometry gives for free:
+    log E; charge / momentum, on which the magnets act; and three coordinates, last: x and y of the
+    straight-line impact point, and x of the point to which the dipole bends a charged particle, from the
+    middle of ZP. They are arcsinh of lengths in PLACE_CM: linear near the detector, logarithmic far away."""
     wide = particles.astype(np.float64)
     if mode == "raw":
         return wide
     energy, vx, vy, _, px, py, pz, _, charge = wide.T
     x, y = (v + simulator.FLIGHT_CM * p / np.abs(pz) for v, p in ((vx, px), (vy, py)))
-    bent = x + (simulator.FLIGHT_CM - simulator.MAGNET_CM) * simulator.dipole_kick(charge, energy) - DETECTORS["zp"].centre
-    places = np.arcsinh(np.column_stack([x, y, bent]) / PLACE_CM)
+    bend = (simulator.FLIGHT_CM - simulator.MAGNET_CM) * simulator.dipole_kick(charge, energy)
+    places = np.arcsinh(np.column_stack([x, y, x + bend - DETECTORS["zp"].centre]) / PLACE_CM)
     return np.column_stack([wide, np.log(energy), 1000 * charge / energy, places])
 
 
 def fit_conditions(particles, mode):
-    """Scaler of `conditions` from the training particles (N, 9). Places keep their scale, so that a network
-    can compare them with the positions of its fibres."""
+    """Scaler of `conditions` from the training particles (N, 9). The coordinates of "physics" keep their
+    scale, so that a network can compare them with the positions of its fibres."""
     values = _features(particles, mode)
     mean, std = values.mean(0), values.std(0)
-    mean[11:], std[11:] = 0.0, 1.0                                     # the three of "physics"
+    mean[11:], std[11:] = 0.0, 1.0
     return Scaler(mean, np.where(std > 0, std, 1.0), mode)             # a constant column stays 0
 
 
 def conditions(particles, scaler):
-    """Standardised conditions float32 (N, C), cut at +-10; C is CONDITIONS[mode]."""
+    """Standardised conditions float32 (N, C), clipped at +-10; C is CONDITIONS[scaler.mode]."""
     values = (_features(particles, scaler.mode) - scaler.mean) / scaler.std
     return np.clip(values, -10, 10).astype(np.float32)
 
 
 def stored_scaler(header):
-    """The Scaler that the header of a checkpoint holds."""
+    """The Scaler in the header of a checkpoint."""
     found = header["scaler"]
     return Scaler(np.array(found["mean"]), np.array(found["std"]), found["mode"])
 
 
-# ----------------------------------------------------------------------------------- a detector, to a network
+# ------------------------------------------------------------------------ geometry of a detector for networks
 
 def to_patches(x, size):
     """(H, W) -> (patches, size * size), padded with zeros where the size does not divide."""
@@ -406,52 +378,46 @@ def from_patches(patches, size, shape):
 
 
 def patch_grid(shape, size):
-    """Number of patches along each side of a matrix of fibres."""
+    """Number of patches along each side of a response."""
     return tuple(-(-n // size) for n in shape)
 
 
-def sinusoids(c):
-    """Sinusoidal features of the conditions (C,): low frequencies of each one, high ones only of the impact
-    coordinates.
+def with_sinusoids(c):
+    """Conditions c (C,) and sines and cosines of them, (features(C),): a particle as our networks see it.
 
-    The coordinates are the last three ("raw": px and py). High frequencies of every condition, or random
-    mixtures as in the usual Fourier features, let a network learn its training particles by heart: W of
-    unseen ones doubles and more.
+    Low frequencies of each condition, high ones of the impact coordinates, the last three ("raw": px and py).
+    High frequencies of every condition, or random mixtures as in the usual Fourier features, let a network
+    memorise its training particles: W of unseen ones more than doubles.
     """
     places = c[4:6] if len(c) < CONDITIONS["physics"] else c[-3:]
     low, high = jnp.outer(2.0 ** jnp.arange(3), c), jnp.outer(2.0 ** jnp.arange(3, 7), places)
     angles = jnp.concatenate([low.ravel(), high.ravel()])
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
-
-
-def with_sinusoids(c):
-    """Conditions (C,) and their sinusoids, (features(C),): what our networks see of a particle."""
-    return jnp.concatenate([c, sinusoids(c)])
+    return jnp.concatenate([c, jnp.sin(angles), jnp.cos(angles)])
 
 
 def features(conditions):
     """The length of with_sinusoids for that many conditions."""
-    return conditions + len(sinusoids(np.zeros(conditions)))
+    return len(with_sinusoids(jnp.zeros(conditions)))
 
 
 def vicinity(c, detector, size):
-    """Offset of each patch from the two possible impact points (straight, bent by the dipole), for conditions
-    c (C,).
+    """Offset of each patch from the two possible impact points (straight, bent by the dipole), from c (C,).
 
     It makes a network translation-aware: a shower looks the same wherever it starts. Without it, W of unseen
     particles is four times as high. Returns (P, 3), offsets in x, bent x and y, and (P, 4, size * size),
     bumps around both points, fibre by fibre: 1 / (1 + (r / 2 fibres)^2) and a Gaussian of one fibre. With raw
     conditions: (P, 0), (P, 0, size * size).
     """
-    middles = [size * jnp.arange(n) + (size - m) / 2 for n, m in zip(patch_grid(detector.shape, size), detector.shape)]
-    x, y = (axis.ravel() for axis in jnp.meshgrid(*middles, indexing="ij"))                    # (P,), in fibres
+    counts = zip(patch_grid(detector.shape, size), detector.shape)
+    middles = [size * jnp.arange(patches) + (size - fibres) / 2 for patches, fibres in counts]
+    x, y = (axis.ravel() for axis in jnp.meshgrid(*middles, indexing="ij"))            # (P,), in fibres
     if len(c) < CONDITIONS["physics"]:
         return jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0, size**2))
-    straight, across, bent = jnp.sinh(c[-3:]) * PLACE_CM                       # bent counts from the middle of ZP
+    straight, across, bent = jnp.sinh(c[-3:]) * PLACE_CM                               # bent from ZP's middle
     dx, dy = x - (straight - detector.centre) / detector.pitch, y - across / detector.pitch
     bent_dx = x - (bent + DETECTORS["zp"].centre - detector.centre) / detector.pitch
     fibres = jnp.arange(size) + (1 - size) / 2
-    squares = lambda offset: jnp.square(offset[:, None] + fibres)                              # (P, size)
+    squares = lambda offset: jnp.square(offset[:, None] + fibres)                      # (P, size)
     r2 = [(squares(d)[:, :, None] + squares(dy)[:, None]).reshape(len(x), -1) for d in (dx, bent_dx)]
     bumps = [bump for square in r2 for bump in (1 / (1 + square / 4), jnp.exp(-square / 2))]
     return jnp.arcsinh(jnp.stack([dx, bent_dx, dy], axis=1) / 2) / 2, jnp.stack(bumps, axis=1)
@@ -464,17 +430,17 @@ def near_impact(c, detector, size):
 
 
 def impact_light(bumps, patches):
-    """Sums of patches (P, size^2) under bumps (P, K, size^2) of unit length, so that noise is a fibre's: (K,)."""
+    """Sums of patches (P, size^2) under bumps (P, K, size^2) of unit length, as noisy as one fibre: (K,)."""
     return jnp.sum(bumps * patches[:, None], (0, 2)) / jnp.sqrt(jnp.sum(bumps**2, (0, 2)) + 1e-2)
 
 
 # ----------------------------------------------------------------------------- photon counts as distributions
-# A fibre's count n lives on the axis 2 sqrt(n), where a Poisson count has a variance of about 1. Photons come
-# in bursts and spread more than that, so networks give each fibre a logistic distribution there, cut into
-# whole counts.
+# On the axis 2 sqrt(n) a Poisson count n has a variance of about 1. Photons come in bursts and spread more,
+# so networks give each fibre a logistic distribution on this axis, discretised to whole counts.
 
 def count_loss(counts, location, scale):
-    """-log P(n) of each fibre in nats, P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), P(0) = F(sqrt 2), F logistic."""
+    """-log P(n) of each fibre in nats, with the logistic distribution function F:
+    P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), P(0) = F(sqrt 2)."""
     upper = (2 * jnp.sqrt(counts + 0.5) - location) / scale
     lower = (2 * jnp.sqrt(jnp.maximum(counts - 0.5, 0)) - location) / scale
     # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel
@@ -504,23 +470,20 @@ def bounded_scale(log_scale):
 
 
 def decoded_counts(maps):
-    """Location and scale (..., H, W) from decoded maps (..., 3, H, W): shift from the root of the rate, log scale, log rate."""
+    """Location 2 sqrt(rate) + shift and scale of decoded maps (..., 3, H, W): shift, log scale, log rate."""
     shift, log_scale, log_rate = jnp.moveaxis(maps, -3, 0)
     return shift + 2 * jnp.exp(jnp.clip(log_rate, -15, 9) / 2), bounded_scale(log_scale)
 
 
 def decoded_loss(counts, maps):
-    """-log P(n) of each fibre (..., H, W) for decoded maps (..., 3, H, W), plus that of a Poisson
-    distribution of the rate.
-
-    The Poisson term is strict with bright fibres: alone, the first one takes a wide distribution for a narrow
-    shower and ignores the latent (W of ZP's reconstruction three times as high, on validation rows).
-    """
+    """-log P(n) of each fibre (..., H, W) for decoded maps (..., 3, H, W), plus that of a Poisson count.
+    The Poisson term is strict with bright fibres: without it, a wide distribution explains a narrow shower
+    and the latent is ignored (W of ZP's reconstruction three times as high, on validation rows)."""
     return count_loss(counts, *decoded_counts(maps)) + poisson_loss(counts, maps[..., 2, :, :])
 
 
 def poisson_loss(counts, log_rate):
-    """-log P(n) of each fibre in nats, P(n) = exp(-r) r^n / n!."""
+    """-log P(n) of each fibre in nats for Poisson distributions, P(n) = exp(-r) r^n / n!."""
     log_rate = jnp.clip(log_rate, -15, 9)
     return jnp.exp(log_rate) - counts * log_rate + jax.lax.lgamma(counts + 1)
 
@@ -529,8 +492,8 @@ TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of
 
 
 def draw_poisson(log_rate, key):
-    """Photon counts of Poisson distributions, one uniform number per fibre: by inversion, term by term, below
-    a rate of FEW; above, a rounded normal with its skewness corrected (Cornish and Fisher 1938).
+    """Photon counts of Poisson distributions, from one uniform number per fibre: by inversion, term by term,
+    below a rate of FEW; above, a rounded normal with its skewness corrected (Cornish and Fisher 1938).
     jax.random.poisson is 20 times slower."""
     rate = jnp.exp(jnp.clip(log_rate, -15, 9))
     u = jax.random.uniform(key, rate.shape, minval=1e-7, maxval=1 - 1e-7)
@@ -547,25 +510,23 @@ def draw_poisson(log_rate, key):
 
 
 def rounded_counts(x):
-    """The papers' way back from log responses x = log(1 + n): rounded counts."""
+    """Photon counts from the papers' log responses x = log(1 + n), rounded."""
     return jnp.maximum(jnp.round(jnp.expm1(x)), 0)
 
 
 def as_uint16(counts):
-    """Counts as a file holds them."""
+    """Counts in the number format of files."""
     return jnp.minimum(counts, 65535).astype(jnp.uint16)
 
 
 def main(argv=None):
-    """Write the open data set. Returns what was written."""
+    """Write the open data set. Returns {"rows", "out"}."""
     parser = common.parser(__doc__, "data", flags=("detector", "n", "seed", "out", "quiet"))
     args = parser.parse_args(argv)
     if not args.out:
         raise UserError("nothing to do: give --out FILE")
     n = args.n or ROWS[args.detector]
-    blocks = (dict(zip(Dataset._fields, block))
-              for block in simulator.simulated_blocks(args.detector, n, args.seed, quiet=args.quiet))
-    save_blocks(args.out, n, blocks, cut=CUT, version=VERSION, detector=args.detector, seed=args.seed)
+    write_open_data(args.out, args.detector, n, args.seed, quiet=args.quiet)
     print(f"{n} responses -> {args.out}")
     return {"rows": n, "out": str(args.out)}
 

@@ -1,7 +1,7 @@
 """Conditional flow matching [FM].
 
-A straight line leads from noise x_0 ~ N(0, 1) at t = 0 to a response x_1 at t = 1. A network learns its velocity for the
-particle c; a response is drawn by following that velocity from noise:
+A straight line leads from noise x_0 ~ N(0, 1) at t = 0 to a response x_1 at t = 1. A network learns its
+velocity for the particle c; a response is drawn by following that velocity from noise:
     x_t = (1 - t) x_0 + t x_1            (Eq. 3)      v_t = x_1 - x_0                            (Eq. 4)
     x_(t+dt) = x_t + dt v_theta          (Eq. 5)      L = E || v_theta(x_t, t, c) - v_t ||^2      (Eq. 6)
 
@@ -11,7 +11,7 @@ fallen below that (t = 0.6), x_t fixes everything that the fibres have in common
 each fibre its own distribution of counts, trained by exact likelihood. `--counts round` and `floor` are the
 usual ways, to compare.
 
-    python fm.py --detector zn --steps 11                             eight minutes on two CPU cores, data included
+    python fm.py --detector zn --steps 11                  eight minutes on two CPU cores, data included
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/fm-zn/`.
@@ -40,20 +40,20 @@ def parse(argv):
     parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=11)
     parser.add_argument("--net", choices=NETWORKS, default="dense", help="network (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
-                        help="get photon counts by drawing them from each fibre's distribution at --exit, by rounding "
-                             "log1p responses, or by the floor of square roots of dequantised counts (default: sample)")
+                        help="get photon counts by drawing them from each fibre's distribution at --exit, by "
+                             "rounding log responses or by the floor of dequantised counts (default: sample)")
     parser.add_argument("--exit", type=common.number(float, 0.05, 0.95), default=0.6, metavar="T",
                         help="time of the path at which --counts sample draws the counts (default: 0.6)")
     parser.add_argument("--solver", choices=EVALUATIONS, default="ab2",
-                        help="integrate the path with Euler's, the midpoint or the Adams-Bashforth method (ab2), which is "
-                             "of second order at Euler's cost (default: ab2)")
+                        help="integrate the path with Euler's, the midpoint or the Adams-Bashforth method "
+                             "(ab2), which is of second order at Euler's cost (default: ab2)")
     return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------- objective
 
 def flow_loss(net, x1, t, c, key):
-    """Flow matching for one response x_1 (H, W) of a particle c (C,) at time t: t = 0 is noise, t = 1 is data."""
+    """Flow matching for one response x_1 (H, W) of the particle c (C,): t = 0 is noise, t = 1 is data."""
     x0 = jax.random.normal(key, x1.shape)
     x = (1 - t) * x0 + t * x1                                                  # [FM, Eq. 3]
     v = x1 - x0                                                                # [FM, Eq. 4]
@@ -71,13 +71,13 @@ def velocity(maps, x, t):
 
 
 def count_nats(net, counts, x1, t, c, key):
-    """-log P(counts | x_t) per fibre of one response (H, W), in nats: the distributions that are drawn from at --exit."""
+    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at --exit."""
     x = (1 - t) * jax.random.normal(key, x1.shape) + t * x1                    # [FM, Eq. 3]
     return jnp.mean(data.count_loss(counts, *count_distribution(net(x, t, c), x)))
 
 
 def count_distribution(maps, x):
-    """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from x_t and the last three maps."""
+    """Location and scale (H, W) of the distributions of 2 sqrt(n), from x_t and the last three maps."""
     return maps[-3] + maps[-2] * x, data.bounded_scale(maps[-1])
 
 
@@ -86,7 +86,7 @@ def to_state(counts, how, key):
     if how == "round":
         return jnp.log1p(counts)                                               # as the papers
     noise = jax.random.uniform(key, counts.shape) if how == "floor" else 0.0
-    return 2 * jnp.sqrt(counts + noise)                                        # variance of a Poisson count: about 1
+    return 2 * jnp.sqrt(counts + noise)                                        # Poisson counts: variance 1
 
 
 def to_counts(x, how):
@@ -95,12 +95,12 @@ def to_counts(x, how):
 
 
 def batch_loss(net, counts, c, key, how, end):
-    """Loss of counts (B, H, W) and conditions c (B, C), and its parts; `end` is the time at which the path ends."""
+    """Loss of counts (B, H, W) and conditions c (B, C), and its parts; the path ends at the time `end`."""
     size, counts = len(counts), counts.astype(jnp.float32)
     time_key, *keys = jax.random.split(key, size + 1)
     noise_keys, count_keys = jax.vmap(jax.random.split)(jnp.stack(keys)).T     # (B,) each
     x1 = jax.vmap(partial(to_state, how=how))(counts, key=count_keys)
-    u = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified times: a quieter gradient
+    u = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified: less noise
     if how != "sample":
         path = jax.vmap(partial(flow_loss, net))(x1, u, c, noise_keys).mean()
         return path, {"path": path}
@@ -109,9 +109,10 @@ def batch_loss(net, counts, c, key, how, end):
     # early times come more often: a bright narrow shower finds its place there, and no later time mends it
     t = end * (u[:half] * size / half) ** 3
     path = jax.vmap(partial(flow_loss, net))(x1[:half], t, c[:half], noise_keys[:half]).mean()
-    nats = jax.vmap(partial(count_nats, net), (0, 0, None, 0, 0))(counts[half:], x1[half:], end, c[half:], noise_keys[half:])
+    count_losses = jax.vmap(partial(count_nats, net, t=end))
+    nats = count_losses(counts[half:], x1[half:], c=c[half:], key=noise_keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
-    return path + 10 * nats.mean(), {"path": path, "nats per fibre": nats.mean()}
+    return path + 10 * nats, {"path": path, "nats per fibre": nats}
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -147,14 +148,16 @@ def sample(net, c, key, shape, how, end, steps, solver):
 # --------------------------------------------------------------------------------------------------- training
 
 def make_step(loss, optimiser, plan):
-    """step((counts, c, key, number), state) -> (state, losses): gradient, update and moving average, compiled once."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and moving average, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
-        counts, c, key, number = batch
-        objective = lambda net: loss(common.lower(net, plan.precision), counts, c, jax.random.fold_in(key, number))
+        *arrays, key, number = batch
+        key = jax.random.fold_in(key, number)
+        objective = lambda net: loss(common.lower(net, plan.precision), *arrays, key)
         gradient, losses = eqx.filter_grad(objective, has_aux=True)(state.net)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, eqx.filter(state.net, eqx.is_inexact_array))
+        weights = eqx.filter(state.net, eqx.is_inexact_array)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, weights)
         net = eqx.apply_updates(state.net, updates)
         ema = common.moving_average(state.ema, net, plan.ema, number)
         return common.State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
@@ -163,8 +166,7 @@ def make_step(loss, optimiser, plan):
 
 
 def train(net, loss, arrays, rows, plan):
-    """Minimise loss(net, *batch, key) on the given rows of `arrays`, responses (N, H, W) and conditions (N,
-    C).
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`: responses (N, H, W), conditions (N, C).
 
     Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
     --seed and the number of the step, so that a run continued with --resume ends in the same numbers.
@@ -181,8 +183,7 @@ def train(net, loss, arrays, rows, plan):
 
 
 # ---------------------------------------------------------------------------------------------------- network
-# A network maps x (H, W), t () and the condition c (C,) of ONE example to maps (K, H, W); vmap makes the
-# batch.
+# A network maps x (H, W), t () and condition c (C,) of ONE example to maps (K, H, W); vmap makes the batch.
 
 class Embedding(eqx.Module):
     """Time t and particle c (C,) as one vector (width,)."""
@@ -253,19 +254,21 @@ class Dense(eqx.Module):
         self.head = Linear(hidden, maps * size**2, next(keys), scale=0.1)
 
     def __call__(self, x, t, c):
-        places = data.vicinity(c, self.detector, self.size)
-        patches, offsets, bumps = common.cast((data.to_patches(0.5 * x, self.size), *places), self.position.dtype)
-        h = self.enter(jnp.concatenate([self.squeeze(patches).ravel(), data.impact_light(bumps, patches)]))  # (width,)
+        inputs = data.to_patches(0.5 * x, self.size), *data.vicinity(c, self.detector, self.size)
+        patches, offsets, bumps = common.cast(inputs, self.position.dtype)     # (P, 16), (P, 3), (P, 4, 16)
+        light = data.impact_light(bumps, patches)
+        h = self.enter(jnp.concatenate([self.squeeze(patches).ravel(), light]))                     # (width,)
         e = self.embedding(t, c)
         for block in self.blocks:
             h = block(h, e)
         h = normalise(h)
-        own = jnp.concatenate([self.leave(h).reshape(len(patches), -1), patches], axis=1)                    # (P, up + 16)
-        near = jnp.concatenate([offsets, bumps.reshape(len(patches), -1)], axis=1)                           # (P, 3 + 64)
+        own = jnp.concatenate([self.leave(h).reshape(len(patches), -1), patches], axis=1)       # (P, up + 16)
+        near = jnp.concatenate([offsets, bumps.reshape(len(patches), -1)], axis=1)              # (P, 3 + 64)
         own_weight, near_weight = jnp.split(self.local.weight, [own.shape[1]], axis=1)
-        ground = near @ near_weight.T + self.local.bias + self.position     # the same at all times: computed once
+        # the same in every step of the sampler, so computed once
+        ground = near @ near_weight.T + self.local.bias + self.position
         scale, shift = jnp.split(self.modulation(h), 2)
-        h = jax.nn.silu((own @ own_weight.T + ground) * (1 + scale) + shift)                                 # (P, hidden)
+        h = jax.nn.silu((own @ own_weight.T + ground) * (1 + scale) + shift)                    # (P, hidden)
         return data.from_patches(self.head(h), self.size, self.detector.shape).astype(jnp.float32)
 
 
@@ -275,7 +278,8 @@ def published(detector, conditions, maps, key):
 
 
 NETWORKS = {"paper": published,
-            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),   # < 100 000 parameters
+            # fewer than 100 000 parameters
+            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
@@ -295,16 +299,18 @@ def main(argv=None):
     detector, end = DETECTORS[args.detector], args.exit if args.counts == "sample" else 1.0
     make = partial(make_network, args.net, args.counts, detector, data.CONDITIONS[args.cond])
     if args.load:
-        net, scaler, times = common.load_model(args.load, make), data.stored_scaler(args.header), args.header["scores"]
+        net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
+        times = args.header["scores"]
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, scaler = common.plan(args), data.fit_conditions(dataset.particles[split.train], args.cond)
+        plan, loss = common.plan(args), partial(batch_loss, how=args.counts, end=end)
+        scaler = data.fit_conditions(dataset.particles[split.train], args.cond)
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(make(plan.keys[0]), partial(batch_loss, how=args.counts, end=end), arrays, split.train, plan)
+        net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end, steps=args.steps,
-                                      solver=args.solver))
+    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end,
+                                      steps=args.steps, solver=args.solver))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     evaluations = args.steps * EVALUATIONS[args.solver] + (args.counts == "sample")

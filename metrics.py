@@ -1,19 +1,18 @@
 """Every score of the field, as a library and as a command.
 
-    python metrics.py real.h5 generated.h5 [more generations] [--oracle FILE ...] [--json FILE] [--no-classifier]
+    python metrics.py real.h5 generated.h5 [more generations] [--oracle FILE ...] [--json FILE]
 
 Row i of each file holds a response to the same particle. Notation: w (N, 5) are the channel sums of the real
 responses, w^ (N, 5) those of the generated ones, n_k the number of rows of the unique particle k. Several
 generations are scored one by one: a value is the mean of their scores, a spread their standard deviation (the
-"average of five runs" of arXiv 2507.18811, not its code's one histogram of five pooled runs). Every score
-stands beside its oracle, the same score of the simulator run again, and R = value / oracle; without an oracle
-beside the paired half-against-half floor.
+"average of five runs" of [FM], not its code's one histogram of five pooled runs). Every score stands beside
+its oracle, the same score of the simulator run again, and R = value / oracle; without an oracle beside its
+floor, the score of one half of the real responses against the other, paired by particle.
 """
 import itertools
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,15 +29,14 @@ CHUNK = 2048  # rows converted to float32 at a time: 16 MB
 SHAPES = ("x", "y", "radius", "lit", "peak", "sum")
 CONDITIONAL = ("MAE_c", "MAE_cw", "MAE_cond", "dispersion", "JaccErr")
 AUCS = ("AUC_low", "AUC_high")
-SCORES = ("W", "MAE", "RMSE", *CONDITIONAL, *(f"shape_{name}" for name in SHAPES), "spectrum", *AUCS, "FPD", "KPD")
-NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; the common channel spans all four
+SCORES = ("W", "MAE", "RMSE", *CONDITIONAL, *map("shape_{}".format, SHAPES), "spectrum", *AUCS, "FPD", "KPD")
+NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; the common channel spans all
 TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
 LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
 BOOTSTRAPS = 1000
 GENERATIONS = 5  # of the test set, as in the papers
-FLOORS = 2  # random pairings that the half-against-half floor averages
-# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611). Rows are those of
-# one class.
+FLOORS = 2  # random pairings that the floor averages
+# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611); rows of one class.
 CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
 ADAM = optax.adam(CLASSIFIER["learning_rate"])
 
@@ -55,9 +53,9 @@ class Sample(NamedTuple):
 
 
 def channel_weights(shape, convention="papers"):
-    """Which fibre feeds which channel, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=,
-    y<), (x>=, y>=), then the common channel. "papers": even i + j to the quadrants, odd to the common
-    channel; "o2": the reverse."""
+    """Fibres of the channels, float32 (H, W, 5) of 0 and 1: quadrants (x<, y<), (x<, y>=), (x>=, y<),
+    (x>=, y>=), then the common channel. "papers": even i + j to the quadrants, odd to the common channel;
+    "o2": the reverse."""
     if convention not in ("papers", "o2"):
         raise common.UserError(f"unknown channel convention {convention!r}, expected papers or o2")
     i, j = np.indices(shape)
@@ -67,7 +65,7 @@ def channel_weights(shape, convention="papers"):
 
 
 def channels(responses, convention="papers"):
-    """Photon sums of the five channels, float32 (N, 5), of responses (N, H, W); order as in channel_weights."""
+    """Photon sums of the five channels of responses (N, H, W), float32 (N, 5); see channel_weights."""
     weights = channel_weights(responses.shape[1:], convention).reshape(-1, 5)
     flat = responses.reshape(-1, len(weights))
     sums = np.empty((len(flat), 5), np.float32)
@@ -77,8 +75,8 @@ def channels(responses, convention="papers"):
 
 
 def pixel_counts(responses):
-    """How many pixels of responses (N, H, W) hold 0, 1, 2, ... photons, int64 (K,); numbers that are not
-    whole are rounded. UserError on negative or non-finite values."""
+    """Numbers of pixels of responses (N, H, W) that hold 0, 1, 2, ... photons, int64 (K,), after rounding.
+    UserError on negative or non-finite values."""
     counts = np.zeros(LARGEST + 1, np.int64)
     for k in range(0, len(responses), CHUNK):
         chunk = responses[k:k + CHUNK]
@@ -93,8 +91,8 @@ def pixel_counts(responses):
 
 
 def summarise(responses, convention="papers"):
-    """Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius is
-    the rms distance from it; both are 0 for an empty response. UserError on negative or non-finite values."""
+    """The Sample of responses (N, H, W). The centre of light counts from the middle of the matrix, the radius
+    is the rms distance from it; both are 0 for an empty response."""
     responses = np.asarray(responses)  # a JAX array would be slow below
     height, width = responses.shape[1:]
     counts = pixel_counts(responses)
@@ -102,7 +100,7 @@ def summarise(responses, convention="papers"):
     moments = np.stack([x, y, x**2 + y**2], axis=-1).astype(np.float32)
     weights = np.concatenate([channel_weights((height, width), convention), moments], axis=-1).reshape(-1, 8)
     flat = responses.reshape(-1, height * width)
-    sums = np.empty((len(flat), 8))  # the products of photon counts are exact in float32, the ratios below need more
+    sums = np.empty((len(flat), 8))  # products of photon counts are exact in float32, ratios are not
     lit, peak = np.empty(len(flat)), np.empty(len(flat))
     for k in range(0, len(flat), CHUNK):
         chunk, rows = flat[k:k + CHUNK], slice(k, k + CHUNK)
@@ -124,27 +122,24 @@ def take(sample, rows):
 # -------------------------------------------------------------------------------------------- marginal scores
 
 def wasserstein(real, generated):
-    """Mean over the columns of the 1-Wasserstein distance, int_0^1 |F^-1(z) - F^^-1(z)| dz (arXiv 2507.18811
-    Eq. 1). real (N,) or (N, C), generated (M,) or (M, C); N and M may differ; exact, in the units of the
-    input."""
+    """Mean over the columns of the exact 1-Wasserstein distance, int |F^-1(z) - F^^-1(z)| dz [FM, Eq. 1], of
+    real (N,) or (N, C) and generated (M,) or (M, C), in their units; N and M may differ."""
     u, v = (np.sort(np.asarray(a, np.float64).reshape(len(a), -1), axis=0) for a in (real, generated))
     n, m = len(u), len(v)
-    # Both quantile functions are steps: they change at multiples of 1 / N and 1 / M, here in units of 1 / (N
-    # M).
+    # Both quantile functions are steps: they change at multiples of 1 / N and 1 / M, in units of 1 / (N M)
     edges = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     widths = np.diff(edges, prepend=0) / (n * m)
     return float((widths @ np.abs(u[(edges - 1) // m] - v[(edges - 1) // n])).mean())
 
 
 def mae(real, generated):
-    """Mean over rows and channels of |w - w^| (CHEP 2024 review of ZDC models, Eq. 14); w, w^ (N, 5), rows match."""
+    """Mean over rows and channels of |w - w^| [Comparison, Eq. 14]; w, w^ (N, 5), rows match."""
     return float(np.abs(np.asarray(real, np.float64) - generated).mean())
 
 
 def rmse(real, generated):
-    """sqrt(mean over rows of sum over pixels of (R - R^)^2) for responses (N, H, W) whose rows match. The sum
-    over the pixels is what the published 59.87 holds, although Eq. 15 of the paper divides by their
-    number."""
+    """sqrt(mean over rows of sum over pixels of (R - R^)^2) of responses (N, H, W) whose rows match. The
+    published 59.87 is such a sum over the pixels, although [Comparison, Eq. 15] divides by their number."""
     total = 0.0
     for k in range(0, len(real), CHUNK):
         difference = real[k:k + CHUNK].astype(np.float32) - generated[k:k + CHUNK].astype(np.float32)
@@ -153,8 +148,8 @@ def rmse(real, generated):
 
 
 def shower_shape(real, generated):
-    """1-Wasserstein distance of each column of shapes (N, 6), (M, 6) in units of the real standard deviation;
-    a dict by SHAPES. A column that does not vary in the real data is taken as it is."""
+    """1-Wasserstein distance of each column of shapes (N, 6), (M, 6), a dict by SHAPES, in units of the real
+    standard deviation; a column that does not vary in the real data is taken as it is."""
     scale = real.std(axis=0)
     scale[scale == 0] = 1
     return {name: wasserstein(real[:, k], generated[:, k]) / scale[k] for k, name in enumerate(SHAPES)}
@@ -163,13 +158,14 @@ def shower_shape(real, generated):
 def spectrum(real, generated):
     """Separation power 1/2 sum (a - b)^2 / (a + b) of two histograms (K,), (L,) of pixel values, brought to
     unit sums; the empty pixels are one of the bins. 0 equal, 1 disjoint."""
-    a, b = (np.pad(h, (0, max(len(real), len(generated)) - len(h))) / max(h.sum(), 1) for h in (real, generated))
+    size = max(len(real), len(generated))
+    a, b = (np.pad(h, (0, size - len(h))) / max(h.sum(), 1) for h in (real, generated))
     used = a + b > 0
     return float(0.5 * ((a - b)[used]**2 / (a + b)[used]).sum())
 
 
 # ----------------------------------------------------------------------------------------- conditional scores
-# ids (N,) number the unique particles 0 .. U - 1. Each function returns one term for each particle, (U,); the
+# ids (N,) number the unique particles 0 .. U - 1. The functions return one term for each particle, (U,); a
 # score is weighted_mean(terms, particle_weights(ids, name)), and the bootstrap draws terms again.
 
 def particle_means(values, ids):
@@ -182,12 +178,13 @@ def particle_medians(values, ids):
     """Median of values (N, C) over the rows of each particle, float64 (U, C)."""
     counts = np.bincount(ids)
     start = np.cumsum(counts) - counts
-    ordered = np.stack([column[np.lexsort((column, ids))] for column in np.asarray(values, np.float64).T], axis=1)
+    columns = np.asarray(values, np.float64).T
+    ordered = np.stack([column[np.lexsort((column, ids))] for column in columns], axis=1)
     return (ordered[start + (counts - 1) // 2] + ordered[start + counts // 2]) / 2
 
 
 def particle_weights(ids, name):
-    """p_k of a score, (U,): MAE_c 1, MAE_cw n, MAE_cond and JaccErr log(1 + n), dispersion the same where n >= 2."""
+    """Weights p_k (U,) of a score: MAE_c 1, MAE_cw n, others log(1 + n), dispersion only where n >= 2."""
     counts = np.bincount(ids)
     if name in ("MAE_c", "MAE_cw"):
         return np.ones(len(counts)) if name == "MAE_c" else counts.astype(np.float64)
@@ -200,14 +197,13 @@ def weighted_mean(terms, weights):
 
 
 def mae_particles(real, generated, ids):
-    """|mean w - mean w^|, means over the rows of each particle, averaged over the channels; w, w^ (N, 5). The
-    terms of MAE_c, MAE_cw (arXiv 2512.20346, p = 1 and p = n) and MAE_cond (arXiv 2608.12795 Eq. 3, p = log(1
-    + n))."""
+    """|mean w - mean w^| of w, w^ (N, 5), means over the rows of each particle, averaged over the channels:
+    the terms of MAE_c, MAE_cw ([IAF], p = 1 and n) and MAE_cond (arXiv 2608.12795 Eq. 3, p = log(1 + n))."""
     return np.abs(particle_means(real, ids) - particle_means(generated, ids)).mean(axis=1)
 
 
 def weighted_median(values, weights):
-    """In each column of values (U, C) the smallest with at least half of the weight (U,) at or below it, (C,)."""
+    """Weighted median (C,) of values (U, C): the smallest with at least half of the weight (U,) up to it."""
     order = np.argsort(values, axis=0, kind="stable")
     below = np.cumsum(weights[order], axis=0)
     first = np.argmax(below >= below[-1] / 2, axis=0)
@@ -215,10 +211,10 @@ def weighted_median(values, weights):
 
 
 def dispersion(real, generated, ids, pdg):
-    """delta of arXiv 2608.12795 Eq. 4-6: |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau), averaged over the channels;
-    w, w^ (N, 5), pdg (N,). MAD = median |w - median w| of a particle is shrunk to its type, MAD~ = a MAD + (1
-    - a) MAD_type with a = n / (n + kappa), kappa the 10th percentile of n in the type, MAD_type the median,
-    weighted by log(1 + n), of the real MADs of its particles with n >= 5."""
+    """Relative error of the dispersion, arXiv 2608.12795 Eq. 4-6, averaged over the channels of w, w^ (N, 5):
+    |MAD~^ - MAD~| / (MAD~^ + MAD~ + tau). MAD = median |w - median w| of a particle is shrunk to its type, by
+    pdg (N,): MAD~ = a MAD + (1 - a) MAD_type with a = n / (n + kappa), kappa the 10th percentile of n in the
+    type, MAD_type the median, weighted by log(1 + n), of the real MADs of its particles with n >= 5."""
     counts = np.bincount(ids)
     types = pdg[np.unique(ids, return_index=True)[1]]
     mads = [particle_medians(np.abs(w - particle_medians(w, ids)[ids]), ids) for w in (real, generated)]
@@ -234,22 +230,23 @@ def dispersion(real, generated, ids, pdg):
 
 
 def jaccard(values, ids):
-    """J = #(both > 0) / #(either > 0) for each particle and pair of NEIGHBOURS, (U, 4); 1 where both are always 0."""
+    """J = #(both > 0) / #(either > 0) of each particle and pair of NEIGHBOURS, (U, 4); 1 where all are 0."""
     a, b = (values[:, [pair[k] for pair in NEIGHBOURS]] > 0 for k in (0, 1))
     both, either = particle_means(a & b, ids), particle_means(a | b, ids)
     return np.where(either > 0, both / np.where(either > 0, either, 1), 1)
 
 
 def jaccard_error(real, generated, ids):
-    """|J^ - J| averaged over the pairs of neighbours: the terms of JaccErr (arXiv 2608.12795 Eq. 7-8), which
-    asks how often two channels fire together. real, generated (N, 5)."""
+    """|J^ - J| averaged over the pairs of neighbours, of channels (N, 5): the terms of JaccErr (arXiv
+    2608.12795 Eq. 7-8), an error of how often two channels fire together."""
     return np.abs(jaccard(generated, ids) - jaccard(real, ids)).mean(axis=1)
 
 
 def bootstrap(terms, weights, seed=0):
     """16 % and 84 % points of weighted_mean(terms, weights) when particles are drawn again with replacement
     (the terms are kept, so kappa and MAD_type are those of the full set); None without weight."""
-    draws = np.random.default_rng(seed).multinomial(len(terms), np.full(len(terms), 1 / len(terms)), BOOTSTRAPS)
+    equal = np.full(len(terms), 1 / len(terms))
+    draws = np.random.default_rng(seed).multinomial(len(terms), equal, BOOTSTRAPS)
     top, bottom = (draws @ np.stack([terms * weights, weights], axis=1)).T
     return np.percentile(top[bottom > 0] / bottom[bottom > 0], [16, 84]).tolist() if weights.any() else None
 
@@ -257,7 +254,7 @@ def bootstrap(terms, weights, seed=0):
 # --------------------------------------------------------------------------------- distances in feature space
 
 def scale_features(real, generated):
-    """Both (N, F), (M, F) divided by max |real| of each feature, as jetnet.evaluation does; float64."""
+    """Features (N, F), (M, F) divided by max |real| of each, as in jetnet.evaluation; float64."""
     largest = np.abs(real).max(axis=0).astype(np.float64)
     largest[largest == 0] = 1
     return real / largest, generated / largest
@@ -273,15 +270,14 @@ def frechet(mean_a, covariance_a, mean_b, covariance_b):
 
 
 def fpd_sizes(rows):
-    """Smallest and largest sample of fpd: jetnet's 20 000 and 50 000, or as many as there are rows and 0.4 of them."""
+    """Smallest and largest sample of fpd: jetnet's 20 000 and 50 000, or 0.4 of the rows and all of them."""
     largest = min(50_000, rows)
     return max(2, largest * 2 // 5), largest
 
 
 def sampled_moments(features, sizes, seed):
     """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,) drawn with replacement from features
-    (N, F): one product of how often each row was drawn, (S, N), with the features and their products, (N, F +
-    F (F + 1) / 2)."""
+    (N, F): one product of the numbers of draws of each row, (S, N), with the features and their products."""
     rng = np.random.default_rng(seed)
     drawn = np.empty((len(sizes), len(features)))
     for row, size in zip(drawn, sizes):
@@ -295,11 +291,10 @@ def sampled_moments(features, sizes, seed):
 
 
 def fpd(real, generated, batches=20, points=10, seed=42):
-    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd) of features (N, F), (M,
-    F): mean of 20 samples at each of 10 sizes regular in 1 / size, least squares line through them with both
-    parameters >= 0. (intercept, its error); nan below 10 rows. (The fit inside jetnet stops early where the
-    distances are far below 1 and returns about their mean: it reads up to a third higher than the line,
-    1.37e-4 for 1.02e-4.)"""
+    """Frechet physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.fpd) of features (N, F),
+    (M, F), and its error: mean of 20 samples at each of 10 sizes regular in 1 / size, intercept of the least
+    squares line through them with both parameters >= 0; nan below 10 rows. (The fit inside jetnet stops early
+    where the distances are far below 1 and returns about their mean: 1.37e-4 for 1.02e-4.)"""
     if min(len(real), len(generated)) < 10:
         return np.nan, np.nan
     a, b = scale_features(real, generated)
@@ -307,19 +302,20 @@ def fpd(real, generated, batches=20, points=10, seed=42):
     low, high = fpd_sizes(min(len(a), len(b)))
     sizes = (1 / np.linspace(1 / low, 1 / high, points)).astype(int).repeat(batches)
     one, other = (sampled_moments(x - middle, sizes, seed + k) for k, x in enumerate((a, b)))
-    values = np.array([frechet(*moments) for moments in zip(*one, *other)]).reshape(points, batches).mean(axis=1)
+    values = np.array([frechet(*moments) for moments in zip(*one, *other)])
+    values = values.reshape(points, batches).mean(axis=1)
     design = np.stack([np.ones(points), 1 / sizes[::batches]], axis=1)
     line = np.linalg.lstsq(design, values)[0]
-    error = np.sqrt(((values - design @ line)**2).sum() / (points - 2) * np.linalg.pinv(design.T @ design)[0, 0])
+    variance = ((values - design @ line)**2).sum() / (points - 2)
+    error = np.sqrt(variance * np.linalg.pinv(design.T @ design)[0, 0])
     intercept = values.mean() if line[1] < 0 else max(line[0], 0.0)
     return float(intercept), float(error)
 
 
 def mmd(real, generated):
-    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. The sums over pairs
-    of rows come without the pairs: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, a and b the
-    products of two elements of z and of z', and the sum of (a . b)^2 over all pairs is the product A^T A :
-    B^T B of two small matrices."""
+    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. No pair of rows is
+    formed: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, where a and b are the products of
+    two elements of z and of z', and its sum over all pairs is the product A^T A : B^T B of small matrices."""
     rows, columns = np.triu_indices(real.shape[1] + 1)
     double = np.where(rows == columns, 1, np.sqrt(2))
     products = []
@@ -327,20 +323,22 @@ def mmd(real, generated):
         z = np.concatenate([np.ones((len(x), 1)), x / np.sqrt(x.shape[1])], axis=1)
         products.append(z[:, rows] * z[:, columns] * double)
     a, b = (p.T @ p for p in products)
-    own = [((g**2).sum() - ((p**2).sum(axis=1)**2).sum()) / (len(p) * (len(p) - 1)) for g, p in zip((a, b), products)]
+    own = [((gram**2).sum() - ((p**2).sum(axis=1)**2).sum()) / (len(p) * (len(p) - 1))
+           for gram, p in zip((a, b), products)]
     return float(sum(own) - 2 * (a * b).sum() / (len(real) * len(generated)))
 
 
 def kpd(real, generated, batches=10, size=5000, seed=42):
-    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd) of features (N, F), (M,
-    F): median and half of the 16-84 % range of mmd over 10 samples of 5000 rows, or of as many as there are;
-    nan below 10 rows."""
+    """Kernel physics distance (arXiv 2211.10295, defaults of jetnet.evaluation.kpd) of features (N, F),
+    (M, F), and its error: median and half of the 16-84 % range of mmd over 10 samples of 5000 rows, or of all
+    that there are; nan below 10 rows."""
     if min(len(real), len(generated)) < 10:
         return np.nan, np.nan
     a, b = scale_features(real, generated)
     size = min(size, len(a), len(b))
     rng = np.random.default_rng(seed)
-    values = [mmd(a[rng.integers(len(a), size=size)], b[rng.integers(len(b), size=size)]) for _ in range(batches)]
+    drawn = lambda x: x[rng.integers(len(x), size=size)]
+    values = [mmd(drawn(a), drawn(b)) for _ in range(batches)]
     low, middle, high = np.percentile(values, [16.275, 50, 83.725])
     return float(middle), float((high - low) / 2)
 
@@ -348,7 +346,7 @@ def kpd(real, generated, batches=10, size=5000, seed=42):
 # ------------------------------------------------------------------------------------------------- classifier
 
 def rank_auc(positive, negative):
-    """Probability that a positive (N,) scores above a negative (M,), ties one half: the area under the ROC curve."""
+    """Area under the ROC curve: probability that a positive (N,) is above a negative (M,), ties one half."""
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
     return float(below.mean() / (2 * len(ordered)))
@@ -363,9 +361,9 @@ def _train_step(model, state, x, y):
 
 
 def classifier_auc(real, generated, seed=0):
-    """AUC of a small dense network (CLASSIFIER) that tells generated from real features, both (N, F), row i
-    of both for the same particle: 60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC,
-    so that no pair stands on two sides. 0.5 = cannot tell; nan below 10 rows."""
+    """AUC of a dense network (CLASSIFIER) that separates generated from real features (N, F), rows matching:
+    60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC, so that no pair stands on two
+    sides. 0.5 where they cannot be separated; nan below 10 rows."""
     if len(real) < 10:
         return np.nan
     rng = np.random.default_rng(seed)
@@ -386,7 +384,7 @@ def classifier_auc(real, generated, seed=0):
 
 
 def standardise(features, reference):
-    """features (N, F) minus the mean of reference, over its standard deviation (1 where it does not vary), float32."""
+    """Features (N, F) by mean and standard deviation (1 where it is 0) of `reference`, float32."""
     scale = reference.std(axis=0)
     return ((features - reference.mean(axis=0)) / np.where(scale > 0, scale, 1)).astype(np.float32)
 
@@ -397,15 +395,15 @@ def high_level(sample):
 
 
 def auc_scores(real, generated, particles, seed=0):
-    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples,
-    particles (N, 9). Low level: log1p of the pixels; high level: high_level by sign(f) log1p|f|; both with
-    the particle."""
+    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples of the
+    particles (N, 9). Features: log1p of the pixels, or sign(f) log1p|f| of high_level, with the particle."""
     rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
     chosen = particles[rows].astype(np.float64)
     condition = standardise(chosen, chosen)
     pixels = [np.log1p(s.responses[rows].reshape(len(rows), -1), dtype=np.float32) for s in (real, generated)]
     low = classifier_auc(*(np.concatenate([p, condition], axis=1) for p in pixels), seed=seed)
-    features = [np.sign(f) * np.log1p(np.abs(f)) for f in (high_level(real)[rows], high_level(generated)[rows])]
+    features = [high_level(sample)[rows] for sample in (real, generated)]
+    features = [np.sign(f) * np.log1p(np.abs(f)) for f in features]
     scaled = [standardise(f, features[0]) for f in features]
     return low, classifier_auc(*(np.concatenate([f, condition], axis=1) for f in scaled), seed=seed)
 
@@ -413,7 +411,7 @@ def auc_scores(real, generated, particles, seed=0):
 # ---------------------------------------------------------------------------------------- everything together
 
 def pair_rows(ids, seed=0):
-    """Disjoint row numbers (a, b), paired at random within each particle, ids (N,). An odd row is left over."""
+    """Disjoint row numbers (a, b), random pairs of the same particle, ids (N,); an odd row is left out."""
     shuffled = np.random.default_rng(seed).permutation(len(ids))
     order = shuffled[np.argsort(ids[shuffled], kind="stable")]
     counts = np.bincount(ids)
@@ -423,13 +421,14 @@ def pair_rows(ids, seed=0):
 
 
 def pair_scores(real, generated, ids, pdg, seed):
-    """(scores, terms) of two Samples whose rows match: floats by name, and the terms (U,) of each conditional
-    score. "FPD_error" and "KPD_error" are the errors that those two state themselves."""
+    """(scores, terms) of two Samples whose rows match: floats by name, with the errors of FPD and KPD, and
+    the terms (U,) of each conditional score."""
     w, other = real.channels, generated.channels
     features = high_level(real), high_level(generated)
     terms = dict.fromkeys(("MAE_c", "MAE_cw", "MAE_cond"), mae_particles(w, other, ids))
     terms |= {"dispersion": dispersion(w, other, ids, pdg), "JaccErr": jaccard_error(w, other, ids)}
-    scores = {"W": wasserstein(w, other), "MAE": mae(w, other), "RMSE": rmse(real.responses, generated.responses)}
+    scores = {"W": wasserstein(w, other), "MAE": mae(w, other)}
+    scores["RMSE"] = rmse(real.responses, generated.responses)
     scores |= {name: weighted_mean(terms[name], particle_weights(ids, name)) for name in CONDITIONAL}
     scores |= {f"shape_{name}": value for name, value in shower_shape(real.shapes, generated.shapes).items()}
     scores["spectrum"] = spectrum(real.spectrum, generated.spectrum)
@@ -439,41 +438,44 @@ def pair_scores(real, generated, ids, pdg, seed):
 
 
 def type_scores(real, generated, pdg, codes):
-    """{code: {"W", "MAE"}} on the rows of each particle type in codes that is there."""
-    channels_of = {code: (real.channels[pdg == code], generated.channels[pdg == code]) for code in codes}
-    return {code: {"W": wasserstein(*pair), "MAE": mae(*pair)} for code, pair in channels_of.items() if len(pair[0])}
+    """{code: {"W", "MAE"}} on the rows of each particle type in `codes` that occurs."""
+    found = {code: (real.channels[pdg == code], generated.channels[pdg == code]) for code in codes}
+    found = {code: pair for code, pair in found.items() if len(pair[0])}
+    return {code: {"W": wasserstein(*pair), "MAE": mae(*pair)} for code, pair in found.items()}
 
 
 def marginals(sample):
     """Lit fibres in % of all, fibres with one photon in % of the lit ones, mean and median photon sum."""
-    lit, single, total = sample.spectrum[1:].sum(), sample.spectrum[1:2].sum(), sample.shapes[:, SHAPES.index("sum")]
+    lit, single = sample.spectrum[1:].sum(), sample.spectrum[1:2].sum()
+    total = sample.shapes[:, SHAPES.index("sum")]
     return {"lit_percent": 100 * lit / sample.responses.size, "single_percent": 100 * single / max(lit, 1),
             "sum_mean": total.mean(), "sum_median": np.median(total)}
 
 
 def floor_pair(sample, ids, seed):
-    """The real Sample against itself, as the papers do: rows paired by equal particle, one of each pair on
-    each side, and the row numbers of the first side, none where no particle stands in two rows."""
+    """Two halves of the real Sample, as in the papers, with one row each of pairs of the same particle, and
+    the row numbers of the first half: none where no particle has two rows."""
     a, b = pair_rows(ids, seed)
     return take(sample, a), take(sample, b), a
 
 
 def compare(pairs, particles, pdg, ids, codes, classifier, seed):
-    """Everything about pairs (real Sample, generated Sample, row numbers), as lists over the pairs by
-    (section, name): sections "scores", "terms", "marginals" and each code. `pairs` are functions that make
-    them, called side by side. The trainings of the classifier are dealt out over the pairs, each has its own
-    rows and start."""
+    """Scores of pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section,
+    name): sections "scores", "terms", "marginals" and each code. `pairs` are functions that make one each,
+    called in two threads. The trainings of the classifier, each with its own rows and weights, are spread
+    over the pairs."""
     found = defaultdict(list)
 
     def score(k, pair):
         real, generated, rows = pair()
         if not len(rows):
             return {}, []
-        scores, terms = pair_scores(real, generated, np.unique(ids[rows], return_inverse=True)[1], pdg[rows], seed + k)
-        trainings = range(k, CLASSIFIER["trainings"] if classifier else 0, len(pairs))
+        row_ids = np.unique(ids[rows], return_inverse=True)[1]
+        scores, terms = pair_scores(real, generated, row_ids, pdg[rows], seed + k)
         sections = {"scores": scores, "terms": terms, "marginals": marginals(generated)}
-        return (sections | type_scores(real, generated, pdg[rows], codes),
-                [auc_scores(real, generated, particles[rows], seed + training) for training in trainings])
+        trainings = range(k, CLASSIFIER["trainings"] if classifier else 0, len(pairs))
+        aucs = [auc_scores(real, generated, particles[rows], seed + training) for training in trainings]
+        return sections | type_scores(real, generated, pdg[rows], codes), aucs
 
     with ThreadPoolExecutor(2) as pool:  # NumPy and JAX let go of the interpreter in all that takes long
         for sections, aucs in pool.map(score, itertools.count(), pairs):
@@ -490,32 +492,33 @@ def cell(values, references, label, smallest=0.0):
     """{"value", "spread", label, "R"}: mean and standard deviation (None of one) of values, mean of
     references, and for an oracle above `smallest` R = value / oracle, else None."""
     value, reference = np.mean(values), np.mean(references) if references else np.nan
+    spread = np.std(values, ddof=1) if len(values) > 1 else None
     ratio = value / reference if label == "oracle" and reference > smallest else None
-    return common.plain({"value": value, "spread": np.std(values, ddof=1) if len(values) > 1 else None,
-                         label: reference, "R": ratio})
+    return common.plain({"value": value, "spread": spread, label: reference, "R": ratio})
 
 
 def check_arrays(real, generations, oracle, particles, pdg):
     """UserError unless there is a generation and all arrays hold one response for each particle."""
     if real.ndim != 3 or not len(real) or not len(generations):
-        raise common.UserError(f"expected real responses and generations, got {real.shape} and {len(generations)}")
+        raise common.UserError(f"expected responses and generations, not {real.shape} and {len(generations)}")
     for other in [*generations, *oracle]:
         if other.shape != real.shape:
-            raise common.UserError(f"responses of shape {other.shape} do not match the real ones, {real.shape}")
+            raise common.UserError(f"responses {other.shape} do not match the real ones, {real.shape}")
     if particles.shape != (len(real), 9) or pdg.shape != (len(real),):
-        raise common.UserError(f"particles {particles.shape} and pdg {pdg.shape} do not match {len(real)} responses")
+        raise common.UserError(f"particles {particles.shape}, pdg {pdg.shape} do not match {real.shape}")
 
 
 def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, seed=0, convention="papers"):
-    """Every score of the generations, a list of (N, H, W) arrays row by row for the particles (N, 9), pdg
-    (N,) of the real responses (N, H, W); oracle: such a list made by the simulator. A dict that JSON can
-    hold: {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES ("floor" in the place of "oracle" and R
-    None without one; "interval" of the CONDITIONAL ones: bootstrap over particles; "error" of FPD and KPD:
-    their own), "marginals", "types" (those above 1 % of the rows), and what was compared. UserError where the
-    arrays do not match.
+    """Every score of `generations`, a list of arrays that match the real responses (N, H, W) row by row.
 
-    R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not stand out
-    of its error: both subtract their own bias, so that the oracle is noise around 0."""
+    particles (N, 9) and pdg (N,) are those of the rows; `oracle`: such a list from the simulator. Returns a
+    dict that JSON can hold: {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES, "marginals", "types"
+    (those above 1 % of the rows), and what was compared. Without an oracle "floor" stands in its place and R
+    is None. CONDITIONAL scores have an "interval", a bootstrap over particles, FPD and KPD their own "error".
+
+    R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not exceed
+    its error: both subtract their own bias, so that the oracle is noise around 0.
+    """
     particles, pdg, label = np.asarray(particles), np.asarray(pdg), "oracle" if oracle else "floor"
     check_arrays(real, generations, oracle or [], particles, pdg)
     ids = data.unique_particles(particles)[0]
@@ -524,7 +527,8 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     shared = dict(particles=particles, pdg=pdg, ids=ids, codes=codes, classifier=classifier, seed=seed)
     pairs = lambda responses: [lambda r=r: (sample, summarise(r, convention), every_row) for r in responses]
     floors = [partial(floor_pair, sample, ids, seed + k) for k in range(FLOORS)]
-    found, reference = compare(pairs(generations), **shared), compare(pairs(oracle) if oracle else floors, **shared)
+    found = compare(pairs(generations), **shared)
+    reference = compare(pairs(oracle) if oracle else floors, **shared)
 
     def scored(section, name, smallest=0.0):
         return cell(found[section, name], reference[section, name], label, smallest)
@@ -543,13 +547,13 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     result["types"] = {simulator.PDG_NAMES.get(code, str(code)): {
         "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
         "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
-    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations), "convention": convention,
-                     "fpd_samples": list(fpd_sizes(len(real))), "kpd_samples": min(5000, len(real)),
-                     "classifier": CLASSIFIER if classifier else None}
+    return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations),
+                     "convention": convention, "fpd_samples": list(fpd_sizes(len(real))),
+                     "kpd_samples": min(5000, len(real)), "classifier": CLASSIFIER if classifier else None}
 
 
 def print_table(scores, title):
-    """Print the result of evaluate: value +- spread, oracle or floor, R, and what else there is to a score."""
+    """Print the result of evaluate: value +- spread, oracle or floor, R, and the interval or sample size."""
     label = "oracle" if "oracle" in scores["W"] else "floor"
 
     def line(name, cell, note=""):
@@ -558,11 +562,10 @@ def print_table(scores, title):
         spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
         print(f"{name:<16}{value:>11} {spread:<12}{reference:>11}{ratio:>9}  {note}".rstrip())
 
-    low, high = scores["fpd_samples"]
-    size = scores["kpd_samples"]
-    notes = {"FPD": f"samples of {low} to {high} rows" + ("" if high == 50_000 else " (jetnet: 20000 to 50000)"),
-             "KPD": f"samples of {size} rows" + ("" if size == 5000 else " (jetnet: 5000)")}
-    print(f"{title}: {scores['rows']} rows, {scores['particles']} particles, generations: {scores['generations']}")
+    (low, high), size = scores["fpd_samples"], scores["kpd_samples"]
+    notes = {"FPD": f"samples of {low} to {high} rows" + " (jetnet: 20000 to 50000)" * (high != 50_000),
+             "KPD": f"samples of {size} rows" + " (jetnet: 5000)" * (size != 5000)}
+    print(title + ": {rows} rows, {particles} particles, generations: {generations}".format(**scores))
     print(f"{'score':<16}{'value':>11} {'spread':<12}{label:>11}{'R':>9}  [68 % over particles]")
     for name in filter(scores.get, SCORES):
         interval = scores[name].get("interval")
@@ -578,18 +581,18 @@ def print_table(scores, title):
 
 def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
     """The lookup baseline: for each test particle (M, 9) the number of a random training row (N, 9) of the
-    same particle, int (M,). A particle without training rows takes those of the particle nearest in the
-    conditions (N, C), (M, C); UserError if it comes without conditions."""
+    same particle, int (M,), or of the particle nearest in the conditions (N, C), (M, C) if there is none;
+    UserError if it comes without conditions."""
     ids = data.unique_particles(np.concatenate([train_particles, test_particles]))[0]
     train, test = ids[:len(train_particles)], ids[len(train_particles):].copy()
     counts = np.bincount(train, minlength=ids.max() + 1)
     unseen = np.flatnonzero(counts[test] == 0)
     if len(unseen) and train_conditions is None:
-        raise common.UserError(f"{len(unseen)} test particles are in no training row: the lookup needs conditions")
+        raise common.UserError(f"{len(unseen)} test particles without training rows: lookup needs conditions")
     if len(unseen):
         known, rows = np.unique(train, return_index=True)
         _, first, inverse = np.unique(test[unseen], return_index=True, return_inverse=True)
-        distances = (((train_conditions[rows] - point)**2).sum(axis=1) for point in test_conditions[unseen[first]])
+        distances = (((train_conditions[rows] - c)**2).sum(axis=1) for c in test_conditions[unseen[first]])
         test[unseen] = known[[distance.argmin() for distance in distances]][inverse]
     start = np.cumsum(counts) - counts
     draws = np.random.default_rng(seed).random(len(test))
@@ -597,12 +600,11 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
 
 
 # ------------------------------------------------------------------------------------- a model and its scores
-# What every script does with a trained model: it hands over draw(c (B, C), key) -> uint16 (B, H, W),
-# compiled, and its parsed flags `args`.
+# Scoring and generating are the same for every script, which passes its compiled sampler, draw(c (B, C), key)
+# -> uint16 (B, H, W), and its parsed flags `args`.
 
 def generator(draw, scaler, seed):
     """generate(particles (N, 9), number) -> uint16 (N, H, W); each number gives another set of responses."""
-
     def generate(particles, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         return common.in_blocks(draw, key, data.conditions(particles, scaler))
@@ -611,23 +613,22 @@ def generator(draw, scaler, seed):
 
 
 def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **result):
-    """Time `draw` on batches of `sizes` and score it on the data sets of data.test_sets: prints the tables,
-    draws samples.png, channels.png and training.png, writes metrics.json into the run folder and returns what
-    that holds.
-
-    `result`: the script's own entries, among them "parameters", "mflop" and "evaluations" per response.
-    """
+    """Time `draw` on batches of `sizes` and score it on data.test_sets: print the tables, draw the pictures,
+    write metrics.json into the run folder and return its content. `result`: the script's own entries, among
+    them "parameters", "mflop" and "evaluations" per response."""
     tests = data.test_sets(args, dataset, split)
     rows = {"train": len(split.train)} | {name: len(test.pdg) for name, test in tests.items()}
     result = {"script": args.script, "detector": args.detector, "command": args.command,
               "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
               "rows": rows} | result | common.time_sampler(draw, len(scaler.mean), sizes)
     times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())
-    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} evaluations per "
-          f"response; ms per response: {times}")
+    print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} "
+          f"evaluations per response; ms per response: {times}")
     generate = generator(draw, scaler, args.seed)
     if args.validate:
-        result["validation"] = validate(args, generate, tests["validation"])
+        part = tests["validation"]
+        made = generate(part.particles, 0)
+        result["validation"] = quick_scores(args, part, made, f"{len(part.pdg)} validation rows")
     else:
         result |= score_model(args, generate, tests, f"{result['evaluations']} evaluations each")
     for log in args.run.rglob("log.jsonl"):
@@ -638,9 +639,8 @@ def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **resul
 
 
 def score_model(args, generate, tests, label):
-    """Generate for the data sets `tests` (data.test_sets), print every score, draw samples.png and
-    channels.png of the first into the run folder. Returns {"seen": scores or None, "unseen": scores or None};
-    `label` ends the titles."""
+    """{"seen": scores or None, "unseen": scores or None} on the `tests` (data.test_sets), printed with titles
+    that end in `label`; samples.png and channels.png of the first are drawn into the run folder."""
     result = {"seen": None, "unseen": None}
     for name, test in tests.items():
         generations = [generate(test.particles, number) for number in range(GENERATIONS)]
@@ -657,44 +657,32 @@ def resimulate(detector, test, seed=0):
     return simulator.simulate(simulator.DETECTORS[detector], test.particles, test.pdg, 1000 + seed)
 
 
-def quick_scores(args, test, made):
-    """{"W": {"value", "oracle", "R"}, "MAE": ...} of one generation `made` (N, H, W) for a Dataset; without a
-    simulator, with --data, oracle and R are None."""
+def quick_scores(args, test, made, title):
+    """{"W": {"value", "oracle", "R"}, "MAE": ...} of one generation `made` (N, H, W) for a Dataset, printed;
+    without a simulator, with --data, oracle and R are None."""
     truth, found = channels(test.responses), channels(made)
     again = None if args.data else channels(resimulate(args.detector, test))
-    scores = {}
+    scores, text = {}, []
     for name, score in (("W", wasserstein), ("MAE", mae)):
         value, oracle = score(truth, found), None if again is None else score(truth, again)
         scores[name] = {"value": value, "oracle": oracle, "R": oracle and value / oracle}
-    return scores
-
-
-def validate(args, generate, part):
-    """The quick_scores of a model on the validation rows, printed."""
-    scores = quick_scores(args, part, generate(part.particles, 0))
-    print_quick(f"{len(part.pdg)} validation rows", scores)
+        text.append(f"{name} {value:.3f}" + (f" (oracle {oracle:.3f})" if oracle else ""))
+    print(f"{title}: {', '.join(text)}")
     return scores
 
 
 def score_reconstruction(args, redraw, scaler, dataset, split):
-    """{"W", "oracle", "R", "MAE"} of the first test set (data.test_sets) encoded and decoded again, printed;
+    """{"W", "oracle", "R", "MAE"} of the first test set (data.test_sets), encoded and decoded by
     redraw(counts (B, H, W), c (B, C), key) -> uint16 (B, H, W)."""
     test = next(iter(data.test_sets(args, dataset, split).values()))
     c = data.conditions(test.particles, scaler)
-    scores = quick_scores(args, test, common.in_blocks(redraw, jax.random.key(args.seed), test.responses, c))
-    print_quick("reconstruction", scores)
+    made = common.in_blocks(redraw, jax.random.key(args.seed), test.responses, c)
+    scores = quick_scores(args, test, made, "reconstruction")
     return scores["W"] | {"W": scores["W"]["value"], "MAE": scores["MAE"]["value"]}
 
 
-def print_quick(title, scores):
-    """One line of quick_scores."""
-    values = [f"{name} {cell['value']:.3f}" + (f" (oracle {cell['oracle']:.3f})" if cell["oracle"] else "")
-              for name, cell in scores.items()]
-    print(f"{title}: {', '.join(values)}")
-
-
 def plot(folder, test, generated):
-    """samples.png, a particle of each of the most common types, and channels.png of a test set and its responses again."""
+    """Draw samples.png, one particle of each common type, and channels.png: a Dataset and `generated`."""
     real, particles, pdg = test
     ids, first = data.unique_particles(particles)
     rank, keys = Counter(), []  # of a particle within its type, by its rows
@@ -704,12 +692,12 @@ def plot(folder, test, generated):
         rank[code] += 1
     columns = [row for *_, row in sorted(keys)[:8]]
     titles = [f"{simulator.PDG_NAMES.get(int(pdg[row]), '?')} {particles[row, 0]:.0f} GeV" for row in columns]
-    plots.plot_samples(Path(folder, "samples.png"), {"data": real[columns], "model": generated[columns]}, titles)
-    plots.plot_channels(Path(folder, "channels.png"), channels(real), channels(generated))
+    plots.plot_samples(folder / "samples.png", {"data": real[columns], "model": generated[columns]}, titles)
+    plots.plot_channels(folder / "channels.png", channels(real), channels(generated))
 
 
 def generate_file(args, draw, scaler):
-    """--generate: a particle list in, integer responses and their five channels out, streamed; whole or not at all."""
+    """--generate: write responses of a particle list and their five channels, the whole file or none."""
     if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
         raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
     particles, pdg = data.read_particles(args.generate)
@@ -719,9 +707,11 @@ def generate_file(args, draw, scaler):
         for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
             rows = slice(start, start + chunk)
             responses = generate(particles[rows], start)
-            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows], "channels": channels(responses)}
+            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows],
+                   "channels": channels(responses)}
 
-    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script=args.script, checkpoint=str(args.load))
+    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script=args.script,
+                     checkpoint=str(args.load))
     print(f"{len(particles)} responses -> {args.out}")
     return {"rows": len(particles), "out": str(args.out)}
 
@@ -731,9 +721,10 @@ def main(argv=None):
     parser = common.parser(__doc__, "metrics", flags=("detector", "seed"))
     parser.add_argument("real", help="HDF5 file or npz pair with the real responses")
     parser.add_argument("generated", nargs="+", help="generated responses, one file for each generation")
-    parser.add_argument("--oracle", nargs="+", default=[], metavar="FILE", help="responses of the simulator run again")
-    parser.add_argument("--json", metavar="FILE", help="write the scores there")
-    parser.add_argument("--convention", choices=("papers", "o2"), default="papers", help="fibres of the common channel")
+    parser.add_argument("--oracle", nargs="+", default=[], metavar="FILE", help="the simulator run again")
+    parser.add_argument("--json", metavar="FILE", help="write the scores into this JSON file")
+    parser.add_argument("--convention", choices=("papers", "o2"), default="papers",
+                        help="which fibres feed the common channel: odd ones (papers) or even ones (o2)")
     parser.add_argument("--no-classifier", action="store_true", help="leave the AUC out")
     args = parser.parse_args(argv)
     real = data.load(args.real, args.detector)
@@ -742,13 +733,13 @@ def main(argv=None):
         if not np.array_equal(other.particles, real.particles):
             raise common.UserError(f"{path}: its particles are not those of {args.real} row by row "
                                    f"(rows: {len(other.particles)} and {len(real.particles)})")
-    generations, oracle = ([others[path].responses for path in paths] for paths in (args.generated, args.oracle))
-    scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier, args.seed,
-                      args.convention)
+    generations, oracle = ([others[p].responses for p in paths] for paths in (args.generated, args.oracle))
+    scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier,
+                      args.seed, args.convention)
     print_table(scores, f"{', '.join(args.generated)} against {args.real}")
     if args.json:
-        common.write_json(args.json, {"real": args.real, "generated": args.generated, "detector": args.detector,
-                                      "versions": common.versions(), **scores})
+        compared = {"real": args.real, "generated": args.generated, "detector": args.detector}
+        common.write_json(args.json, compared | {"versions": common.versions()} | scores)
     return scores
 
 

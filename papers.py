@@ -2,7 +2,7 @@
 
 The U-Net of flow matching and diffusion, the convolutional autoencoder of latent flow matching, the
 perceptual and adversarial terms with the gradient normalisation of [FM, Eq. 7], the blocks of [Comparison,
-Fig. 11 and 12] and the VQ-VAE of the particle. All work on ONE example with channels last, (h, w, C); vmap
+Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All work on ONE example with channels last, (h, w, C); vmap
 makes the batch.
 """
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import data
 import metrics
-from common import Linear, normal, normalise
+from common import MLP, Linear, normal, normalise
 
 
 def convolve(x, kernel, stride=1):
@@ -132,7 +132,7 @@ class UNet(eqx.Module):
             for block in blocks:
                 x = block(jnp.concatenate([skips.pop(), x], axis=-1), t, c)
             x = convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
-        return jax.nn.silu(pixelwise(self.norm, x)) @ self.head
+        return (jax.nn.silu(pixelwise(self.norm, x)) @ self.head).astype(jnp.float32)
 
 
 class ResponseUNet(eqx.Module):
@@ -246,7 +246,7 @@ class ConvAutoencoder(eqx.Module):
         stem, first, half, second = self.down
         h = first(convolve(in_fours(x).astype(stem.dtype), stem))                                    # (H / 2, W / 2, a)
         h = second(convolve(h, half, stride=2)) @ self.code                                          # (H / 4, W / 4, 2 L)
-        return jnp.stack(jnp.split(h, 2, axis=-1))
+        return jnp.stack(jnp.split(h, 2, axis=-1)).astype(jnp.float32)
 
     def decode(self, z, c):
         """Latent -> log response as one map, (1, H, W)."""
@@ -254,7 +254,7 @@ class ConvAutoencoder(eqx.Module):
         h = first(z.astype(self.enter.dtype) @ self.enter)                                           # (H / 4, W / 4, b)
         h = second(convolve(enlarge(h, data.patch_grid(self.shape, 2)), wider))                      # (H / 2, W / 2, a)
         fibres = (normalise(h) @ self.head).reshape(-1, 4)                                           # four of each place
-        return data.from_patches(fibres, 2, self.shape)
+        return data.from_patches(fibres, 2, self.shape).astype(jnp.float32)
 
 
 # ------------------------------------------------------------ perceptual and adversarial terms of [FM, Eq. 7]
@@ -335,3 +335,51 @@ def judge(features, critic, seen, counts):
     hinge = jax.nn.relu(1 - jax.vmap(critic)(real_maps)).mean() + jax.nn.relu(1 + jax.vmap(critic)(made_maps)).mean()
     regression = jnp.mean(jnp.square(found - quantities(counts)))
     return perceptual_loss(maps(), real_maps), fooled, {"features": regression, "critic": hinge}
+
+
+# --------------------------------------------------------------- the VQ-VAE of the particle, [Poster, Fig. 6]
+
+PARTICLE_TOKENS, PARTICLE_CODES = 2, 512
+
+
+class ParticleVQ(eqx.Module):
+    """VQ-VAE of the conditions (C,): PARTICLE_TOKENS tokens of PARTICLE_CODES codes. `codebook(codes, key)`
+    makes its codebook."""
+    encoder: MLP
+    codebook: eqx.Module
+    decoder: MLP
+
+    def __init__(self, conditions, codebook, key, width=128):
+        keys = jax.random.split(key, 3)
+        self.codebook = codebook(PARTICLE_CODES, keys[1])
+        numbers = PARTICLE_TOKENS * self.codebook.vectors.shape[1]
+        self.encoder = MLP(keys[0], conditions, width, width, numbers)
+        self.decoder = MLP(keys[2], numbers, width, width, conditions)
+
+    def encode(self, c):
+        """Conditions (C,) -> vectors (PARTICLE_TOKENS, D)."""
+        return self.encoder(c).reshape(PARTICLE_TOKENS, -1).astype(jnp.float32)
+
+    def decode(self, codes):
+        """Code vectors (PARTICLE_TOKENS, D) -> conditions (C,)."""
+        return self.decoder(codes.ravel()).astype(jnp.float32)
+
+    def tokens(self, c):
+        """Conditions (C,) -> tokens (PARTICLE_TOKENS,)."""
+        return self.codebook.nearest(self.encode(c))
+
+
+# ---------------------------------------------------------------------- the MADE of flows, [Comparison, IAF]
+
+class DirectHead(eqx.Module):
+    """Head of the published blocks of iaf.py: the outputs of the masked layers (D, K) are the numbers of the
+    splines. Nothing else is seen of the fibres before, and nothing of the place."""
+
+    def ground(self, near):
+        return near[:, :0]
+
+    def see(self, x, ground, total):
+        return x, jnp.zeros_like(x)
+
+    def numbers(self, ground, context, neighbours, used, e, total):
+        return context.astype(jnp.float32)

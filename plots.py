@@ -6,11 +6,11 @@ from common import first_host_only, write_atomic
 CHANNEL_NAMES = ("x < 0, y < 0", "x < 0, y > 0", "x > 0, y < 0", "x > 0, y > 0", "common")
 
 
-def _figure(rows, columns, width, height):
-    """A matplotlib figure and its (rows, columns) axes, each width x height inches, without any global state."""
+def _figure(rows, columns, width, height, **options):
+    """A matplotlib figure and its (rows, columns) axes, each width x height inches, without global state."""
     from matplotlib.figure import Figure  # 0.5 s to import: only where something is drawn
     figure = Figure(figsize=(columns * width + 1, rows * height + 0.5), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 @first_host_only
@@ -28,44 +28,59 @@ def plot_samples(path, rows, titles):
     from matplotlib.colors import LogNorm
     _, height, width = np.shape(next(iter(rows.values())))
     figure, axes = _figure(len(rows), len(titles), 1.7, 1.7 * width / height)
+    colours = colormaps["inferno"].with_extremes(bad="black")
     for column, title in enumerate(titles):
         peak = max(np.max(responses[column]) for responses in rows.values())
         norm = LogNorm(0.5, max(peak, 2))  # from 0.5, so that a single photon is not black
         for axis, (name, responses) in zip(axes[:, column], rows.items()):
-            image = axis.imshow(np.asarray(responses[column]).T, norm=norm, origin="lower",  # (H, W) is (x, y)
-                                cmap=colormaps["inferno"].with_extremes(bad="black"))
+            picture = np.asarray(responses[column]).T  # (H, W) is (x, y)
+            image = axis.imshow(picture, norm=norm, origin="lower", cmap=colours)
             axis.set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
         axes[0, column].set_title(title, fontsize=8)
-        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=12, ticks=(1, 10, 100), format="%d")
+        bar = figure.colorbar(image, ax=axes[:, column], location="bottom", aspect=12, ticks=(1, 10, 100),
+                              format="%d")
         bar.set_label("photons", fontsize=8)
         bar.minorticks_off()
     _save_figure(path, figure)
 
 
 def plot_channels(path, real, generated):
-    """Draw the histograms of the five channels, (N, 5) photon sums each, as Fig. 9 of the flow matching paper
-    (Wojnar).
+    """Draw histograms of the five channels, photon sums (N, 5), as [FM, Fig. 9], and the ratio model / data.
 
-    The bins follow the real data; the last one also holds what the model put beyond.
+    The bins follow the real data; the last one also holds what the model put beyond. Around the ratio, the
+    grey band is the statistical error of the data and the bars are that of the model.
     """
-    figure, axes = _figure(1, len(CHANNEL_NAMES), 2.6, 2.4)
-    for axis, name, a, b in zip(axes[0], CHANNEL_NAMES, np.asarray(real).T, np.asarray(generated).T):
-        bins = np.linspace(0, 1.1 * max(a.max(), 1), 61)
-        axis.hist(a, bins, density=True, log=True, color="0.75", label="data")
-        axis.hist(np.clip(b, 0, bins[-1]), bins, density=True, log=True, histtype="step", label="model")
-        axis.set(title=name, xlabel="photons")
+    figure, axes = _figure(2, len(CHANNEL_NAMES), 2.3, 1.8, sharex="col", height_ratios=(5, 2))
+    columns = np.asarray(real).T, np.asarray(generated).T
+    for (above, below), name, *sums in zip(axes.T, CHANNEL_NAMES, *columns):
+        bins = np.linspace(0, 1.1 * max(sums[0].max(), 1), 61)
+        counts = np.array([np.histogram(np.clip(values, 0, bins[-1]), bins)[0] for values in sums])
+        data, model = counts / (counts.sum(axis=1, keepdims=True) * bins[1])
+        above.stairs(data, bins, fill=True, color="0.75", label="data")
+        above.stairs(model, bins, label="model")
+        limits = 0.5 * data[data > 0].min(), 3 * max(data.max(), model.max())
+        above.set(title=name, yscale="log", ylim=limits)
+        errors = 1 / np.sqrt(np.maximum(counts, 1))  # relative, of Poisson numbers
+        band, both = np.where(data > 0, errors[0], 0), (data > 0) & (model > 0)
+        middle, ratio = (bins[1:] + bins[:-1])[both] / 2, model[both] / data[both]
+        below.stairs(1 + band, bins, baseline=1 - band, fill=True, color="0.75")
+        below.errorbar(middle, ratio, ratio * errors[1, both], fmt=".", markersize=3, linewidth=0.8)
+        below.axhline(1, color="0.4", linewidth=0.8)
+        below.set(xlabel="photons", ylim=(0, 2))
     axes[0, 0].set_ylabel("density")
-    axes[0, 0].legend()
+    axes[1, 0].set_ylabel("ratio")
+    axes[0, 0].legend(loc="upper right")
     _save_figure(path, figure)
 
 
 @first_host_only
 def plot_training(path, records):
-    """Draw every number in the `records` of a log (see `read_log`), at least one, against the step, one panel each."""
+    """Draw every number in the `records` of a log (see `read_log`), at least one, against the step."""
     names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "step"]
     figure, axes = _figure(1, len(names), 3, 2.4)
     for axis, name in zip(axes[0], names):
-        values = [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
-        axis.plot(*zip(*values), marker="." if len(values) < 20 else "")
+        known = [record for record in records if isinstance(record.get(name), (int, float))]
+        steps, values = zip(*((record["step"], record[name]) for record in known))
+        axis.plot(steps, values, marker="." if len(values) < 20 else "")
         axis.set(title=name, xlabel="step")
     _save_figure(path, figure)

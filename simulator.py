@@ -1,11 +1,11 @@
 """The open simulator: a parametrised shower Monte Carlo of the two zero degree calorimeters.
 
 The GEANT data of the papers belong to ALICE. This simulator stands in for GEANT: it follows one particle from
-its vertex over 112.5 m to a response. Decays in flight, the bending of charged particles, collisions with the
+its vertex over 112.5 m to a response: decays in flight, the bending of charged particles, collisions with the
 beam pipe, electromagnetic and hadronic showers, Cherenkov light in fibres, the cut of 10 photons. Its
 constants are calibrated on what has been published about those data (`python -m benchmarks.check zn` prints
-the table). It is not GEANT. What it offers instead is an exact oracle (`simulate`, another run of the same
-particles) and as many unseen particles as wanted.
+the table). It is not GEANT, but it offers an exact oracle (`simulate`, another run of the same particles) and
+as many unseen particles as wanted.
 
 Sources named below: [P] statistics published with the papers (docs/DATA.md); [PDG] Review of Particle Physics
 2024; [TDR] ALICE ZDC technical design report, CERN/LHCC 99-5; [C] calibrated here until that table agreed.
@@ -89,9 +89,9 @@ CHARGES = np.array([SPECIES[code].charge for code in CODES])
 class Primary(NamedTuple):
     particles: int      # unique particles
     share: float        # of the runs before the cut, per cent
-    spectrum: tuple     # energy / 7 TeV: a, b of a beta distribution; photons: median GeV, width of a log-normal
+    spectrum: tuple     # beta distribution of energy / 7 TeV: a, b; photons: log-normal, median GeV and width
     kt: float           # GeV, mean transverse momentum at 1 TeV
-    miss: float = 0.0   # cm, |x| of the straight line at the ZDC is at least this
+    miss: float = 0.0   # cm, smallest |x| of the straight line at the ZDC
 
 
 PRIMARIES = {   # [C] on the published mix, feature means, unique particles and shares of direct hits
@@ -122,15 +122,14 @@ KT_GROWTH = 0.15     # mean transverse momentum ~ (E / 1 TeV)^KT_GROWTH [C]
 
 
 def _lattice(rng, count):
-    """Numbers in [0, 1), (5, count): a Kronecker lattice at random offsets. It fills the space evenly, so
-    that the statistics of a list of 40 particles do not hang on luck. [Roberts 2018, the R_d sequence, d =
-    5]"""
+    """Kronecker lattice at random offsets, numbers in [0, 1), (5, count) [Roberts 2018, R_d sequence, d = 5].
+    It fills the space evenly, so that the statistics of a list of 40 particles do not depend on chance."""
     steps = 1.134724138401519 ** -np.arange(1.0, 6.0)   # the root of x^6 = x + 1
     return (rng.random((5, 1)) + steps[:, None] * np.arange(count)) % 1
 
 
 def _energies(pdg, rng, u):
-    """Energies of the primaries of one type, GeV, at the quantiles `u` of the spectrum."""
+    """Energies in GeV of the primaries of one type, at the quantiles `u` of their spectrum."""
     a, b = PRIMARIES[pdg].spectrum
     if pdg == 22:
         normal = np.array([NormalDist().inv_cdf(value) for value in np.clip(u, 1e-6, 1 - 1e-6)])
@@ -139,10 +138,10 @@ def _energies(pdg, rng, u):
 
 
 def primaries(seed, fresh=False):
-    """Draw the list of particles.
+    """The list of particles of a data set, drawn at random; with `fresh` another one of the same spectrum.
 
     Returns particles float32 (P, 9) as FEATURES, pdg int32 (P,) and the probability (P,) that a run belongs
-    to each. `fresh` draws another list of the same spectrum.
+    to each.
     """
     particles, pdgs, weights = [], [], []
     for pdg, primary in PRIMARIES.items():
@@ -170,33 +169,36 @@ def primaries(seed, fresh=False):
 
 # --------------------------------------------------------------------------------- from the vertex to the ZDC
 
-MAGNET_CM = 6500.0    # where the bend of the separation dipole acts, as one kick [TDR, about the middle of D1]
-BEAM_CM = 9.4         # a 7 TeV proton passes the ZDC this far from the axis [TDR]; slower ones are bent in proportion
+MAGNET_CM = 6500.0    # where the separation dipole acts, as a single kick [TDR, about the middle of D1]
+BEAM_CM = 9.4         # distance at which a 7 TeV proton passes the axis at the ZDC [TDR]; it goes as 1 / E
 
 # What happens in the beam pipe in front of the ZDC is where this simulator is furthest from GEANT, with its
-# full geometry: a few numbers [C] stand for all of the material. WINDOW_CM: x from, x to, |y| below; protons
-# come through it to ZP.
-APERTURE_CM = 3.7           # beyond it a straight line meets the beam pipe
-WINDOW_CM = (8.5, 31.0, 6.5)
-COLLIMATOR_CM = 1.6         # protons in the window whose straight line ends further out lose most of their energy on the way
-HIT = {"inside": 0.008, "collimator": 0.985, "window": 0.8, "charged": 0.85, "neutral": 0.98}   # chance of a collision
-THIN = {"collimator": 0.01, "window": 0.99}   # chance that a collision in the window is with thin material
-LOST_THIN, LOST_THICK = (1.0, 12.0), (5.0, 1.0)   # beta distributions of the energy lost in a collision; thick: all of it
-SWEPT = (2.0, 1.5)          # beta distribution of the part of it that flies on where a charged particle is swept away
-FORWARD = {"photon": 1.0, "neutral": 0.8}   # the same for the others
-SECONDARIES = 20            # of a collision; their energies are gamma distributed, with these shapes
+# full geometry: a few numbers [C] stand for all of the material.
+APERTURE_CM = 3.7           # a straight line beyond it meets the beam pipe
+WINDOW_CM = (8.5, 31.0, 6.5)    # x from, x to, largest |y|: through it protons reach ZP
+COLLIMATOR_CM = 1.6         # protons in the window with a straight line beyond it lose most of their energy
+# chance of a collision, and that a collision in the window is one with thin material
+HIT = {"inside": 0.008, "collimator": 0.985, "window": 0.8, "charged": 0.85, "neutral": 0.98}
+THIN = {"collimator": 0.01, "window": 0.99}
+# beta distributions of the share of the energy that is lost in a collision with thin, and with thick material
+LOST_THIN, LOST_THICK = (1.0, 12.0), (5.0, 1.0)
+# share of the lost energy that secondaries carry on: beta distributed where a magnet sweeps them away
+SWEPT, FORWARD = (2.0, 1.5), {"photon": 1.0, "neutral": 0.8}
+SECONDARIES = 20            # of a collision; their energies are gamma distributed, with the shapes EVEN
 EVEN = {"charged": 1.0, "neutral": 0.3}
-UPSTREAM_CM = {"charged": (1000.0, 4500.0), "neutral": (200.0, 1500.0)}   # place of the collision in front of the ZDC
+UPSTREAM_CM = {"charged": (1000.0, 4500.0), "neutral": (200.0, 1500.0)}   # from the collision to the ZDC
 KICK = {"photon": 0.14, "charged": 0.38, "neutral": 0.35}   # GeV, transverse momentum of a secondary
-PHOTONIC = {"photon": 0.97, "hadron": 0.4}   # chance that a secondary is electromagnetic: a third of all pions are pi0
+PHOTONIC = {"photon": 0.97, "hadron": 0.4}   # chance that a secondary is electromagnetic
 WALL_CM = 26.0              # a swept particle is in the wall before it is this far off
-NEAR = (0.3, 60.0, 40.0)    # GeV, and |x| and |y| in cm: secondaries that are softer or further out give no light
-HAZE = {"charged": (0.735, 0.6), "neutral": (0.21, 1.5)}   # light of soft particles everywhere: photons per GeV lost if the
-HAZE_LIMIT = 1.0            # calorimeter had no end, width of their log-normal distribution; never more than HAZE_LIMIT
+NEAR = (0.3, 60.0, 40.0)    # GeV, largest |x| and |y| in cm: other secondaries give no light
+# Light of soft particles everywhere: photons per GeV lost, in a calorimeter without end, at most HAZE_LIMIT,
+# and the width of their log-normal distribution.
+HAZE = {"charged": (0.735, 0.6), "neutral": (0.21, 1.5)}
+HAZE_LIMIT = 1.0
 
 
 class Particles(NamedTuple):
-    """Particles on their way: `row` of the response, energy in GeV, position in cm, slopes dx/dz and dy/dz."""
+    """Particles in flight: `row` of the response, energy in GeV, position in cm, slopes dx/dz and dy/dz."""
     row: np.ndarray
     pdg: np.ndarray
     energy: np.ndarray
@@ -227,8 +229,8 @@ def _join(parts):
 
 
 def _two_body(rng, parent, daughters, energy):
-    """Isotropic two-body decay, boosted. Yields for each daughter energy, momentum along the parent and the
-    two across it, GeV, shapes (N,). [PDG, Kinematics, Eq. 49.17]"""
+    """Isotropic two-body decay, boosted [PDG, Kinematics, Eq. 49.17]. Yields for each daughter its energy,
+    its momentum along the parent and the two across it, in GeV, shapes (N,)."""
     m, m1, m2 = (SPECIES[pdg].mass / 1000 for pdg in (parent, *daughters))
     p = np.sqrt((m**2 - (m1 + m2) ** 2) * (m**2 - (m1 - m2) ** 2)) / (2 * m)
     cos = rng.uniform(-1, 1, energy.shape)
@@ -259,7 +261,7 @@ def _decay(rng, particles):
             if not species.decays:
                 arrived.append(here)
                 continue
-            length = rng.exponential(species.ctau * here.energy / (species.mass / 1000))   # cm, gamma beta c tau
+            length = rng.exponential(species.ctau * here.energy / (species.mass / 1000))   # gamma beta c tau
             alive = here.z + length >= FLIGHT_CM
             arrived.append(_pick(here, alive))
             daughters += _decay_at(rng, int(pdg), _pick(here, ~alive), length[~alive])
@@ -288,15 +290,15 @@ def _arrive(particles):
     charge = CHARGES[np.searchsorted(CODES, particles.pdg)]
     left = FLIGHT_CM - particles.z
     bend = dipole_kick(charge, particles.energy) * (particles.z < MAGNET_CM) * (FLIGHT_CM - MAGNET_CM)
-    return Arrivals(particles.row, particles.pdg == 22, particles.energy, particles.x + particles.slope_x * left + bend,
-                    particles.y + particles.slope_y * left, charge, bend)
+    x, y = particles.x + particles.slope_x * left + bend, particles.y + particles.slope_y * left
+    return Arrivals(particles.row, particles.pdg == 22, particles.energy, x, y, charge, bend)
 
 
 def _scrape(rng, at):
     """Collisions with the beam pipe: the Arrivals behind it, and the haze (Lights) of soft particles.
 
-    A line outside the aperture meets the pipe and ends in a spray of secondaries around it. In ZP's window
-    most protons lose only a little and go on.
+    A particle outside the aperture meets the pipe and ends in a spray of secondaries. In ZP's window most
+    protons lose only a little energy and go on.
     """
     charged = at.charge != 0
     low, high, tall = WINDOW_CM
@@ -304,7 +306,8 @@ def _scrape(rng, at):
     wide = np.hypot(at.x - at.bend, at.y) > COLLIMATOR_CM
     inside = np.maximum(np.abs(at.x), np.abs(at.y)) < APERTURE_CM
     places = [inside, window & wide, window, charged]
-    chance = np.select(places, [HIT["inside"], HIT["collimator"], HIT["window"], HIT["charged"]], HIT["neutral"])
+    chances = [HIT[place] for place in ("inside", "collimator", "window", "charged")]
+    chance = np.select(places, chances, HIT["neutral"])
     hit = rng.random(len(at.row)) < chance
     thin = window & (rng.random(len(at.row)) < np.where(wide, THIN["collimator"], THIN["window"]))
     missed, at, thin = _pick(at, ~hit), _pick(at, hit), thin[hit]
@@ -315,19 +318,18 @@ def _scrape(rng, at):
 
 
 def _spray(rng, at, lost, thin):
-    """Secondaries (Arrivals) of collisions that cost the share `lost` of the energy, and the x (N,) around
-    which they come.
-
-    They lie (transverse momentum / energy) x distance away from the line of the particle.
-    """
+    """Secondaries (Arrivals) of collisions that cost the share `lost` of the energy, and the x (N,) of their
+    centre. They lie (transverse momentum / energy) x distance away from the line of the particle."""
     size, charged = (len(at.row), SECONDARIES), at.charge != 0
     swept = rng.beta(*SWEPT, len(at.row))
     forward = np.select([thin, charged, at.em], [1.0, swept, FORWARD["photon"]], FORWARD["neutral"])
-    share = rng.standard_gamma(np.where(charged, EVEN["charged"], EVEN["neutral"])[:, None], size) + 1e-9   # (n, secondaries)
+    even = np.where(charged, EVEN["charged"], EVEN["neutral"])
+    share = rng.standard_gamma(even[:, None], size) + 1e-9                              # (N, SECONDARIES)
     energy = share * (forward * lost * at.energy / share.sum(1))[:, None]
     far, near = (rng.uniform(*UPSTREAM_CM[kind], len(at.row)) for kind in ("charged", "neutral"))
     kick = np.select([at.em, charged], [KICK["photon"], KICK["charged"]], KICK["neutral"])
-    radius = kick[:, None] * np.sqrt(rng.standard_exponential(size)) * np.where(charged, far, near)[:, None] / energy
+    momentum = kick[:, None] * np.sqrt(rng.standard_exponential(size))
+    radius = momentum * np.where(charged, far, near)[:, None] / energy
     phi = rng.uniform(0, 2 * np.pi, size)
     # a swept particle is stopped before it has its full bend
     bend = at.bend * rng.random(len(at.row)) * np.minimum(1, WALL_CM / np.maximum(np.abs(at.bend), WALL_CM))
@@ -341,7 +343,7 @@ def _spray(rng, at, lost, thin):
 
 
 def _haze(rng, at, lost, x):
-    """Soft particles from the pipe, too many and too wide to be followed: Lights at x (N,) and the particle's y."""
+    """Lights at x (N,) and the particle's y: soft particles from the pipe, too many to be followed."""
     (much, narrow), (little, broad) = HAZE["charged"], HAZE["neutral"]
     charged = at.charge != 0
     spread = np.where(charged, narrow, broad)
@@ -354,8 +356,8 @@ def _haze(rng, at, lost, x):
 
 # Lateral profiles, PROFILES[Lights.profile], as sums of (share of the light, scale in cm in tungsten, law):
 # "exp" is exp(-r / scale) in the plane, "tail" is (1 + r^2 / scale^2)^-2 (Grindhammer and Peters,
-# hep-ex/0001020, Eq. 14). [C]: a 300-photon photon puts a third of its light within +-1 fibre, a 1000-photon
-# neutron has a peak of 30 to 60 and a halo over +-10 fibres [P].
+# hep-ex/0001020, Eq. 14). [C] on [P]: a photon that gives 300 photons of light has a third of them within +-1
+# fibre, a neutron that gives 1000 has a peak of 30 to 60 and a halo over +-10 fibres.
 ELECTROMAGNETIC = ((0.575, 0.16, "exp"), (0.325, 0.42, "exp"), (0.09, 1.3, "tail"), (0.01, 7.0, "exp"))
 HALO = ((0.38, 1.0, "exp"), (0.24, 2.2, "exp"), (3.25, 9.0, "exp"))   # above 1: neutrons far out add light
 PIPE_CM = 30.0       # width of the haze; it comes from the beam pipe, so it is as wide at both detectors [C]
@@ -368,7 +370,7 @@ BURST = 1.15         # mean photons of one track in one fibre, geometric [C]
 
 
 class Lights(NamedTuple):
-    """Light sources: `row`, expected photons, position in cm, width against the profile, number of PROFILES."""
+    """Light sources: `row`, expected photons, position in cm, width relative to a profile, its number."""
     row: np.ndarray
     photons: np.ndarray
     x: np.ndarray
@@ -378,8 +380,8 @@ class Lights(NamedTuple):
 
 
 def _electromagnetic(rng, detector, at):
-    """One source per photon; 38 % / sqrt(E) sampling fluctuation and a 2 % constant term [TDR]. Showers that
-    start late are narrow, early ones wide [C]."""
+    """Electromagnetic showers: one source per photon, with a sampling fluctuation of 38 % / sqrt(E) and a
+    constant term of 2 % [TDR]. Showers that start late are narrow, early ones wide [C]."""
     n = len(at.row)
     resolution = np.sqrt(0.38**2 / at.energy + 0.02**2)
     photons = detector.light * at.energy * np.maximum(1 + resolution * rng.standard_normal(n), 0.0)
@@ -387,46 +389,41 @@ def _electromagnetic(rng, detector, at):
     return Lights(at.row, photons, at.x, at.y, width, np.full(n, SHOWERY))
 
 
-CASCADES = 14          # pi0 cascades of a hadronic shower; their shares of the light are gamma distributed, CASCADE_SHAPE [C]
-CASCADE_SHAPE = 0.4
+CASCADES = 14          # pi0 cascades of a hadronic shower [C]
+CASCADE_SHAPE = 0.4    # of the gamma distribution of their shares of the light [C]
 CASCADE_KT = 0.35      # GeV, their transverse momentum at the first interaction [C]
 PI0_SPREAD = 20.0      # a + b of the beta distribution of the pi0 share of the energy [C]
-HADRON_LIGHT = 0.88    # photons of a pi0 cascade in a hadronic shower against those of a photon of that energy [C]
+HADRON_LIGHT = 0.88    # light of a pi0 cascade in a hadronic shower relative to a photon's of that energy [C]
 QUENCHED = 0.3         # the same for what is not pi0: most hadrons are too slow for Cherenkov light [C]
 FAINT = 0.2            # photons; fainter cascades are left out
 
 
 def _hadronic(rng, detector, at):
-    """Sub-cascades of pi0 with their own positions, and a halo.
-
-    The pi0 share is 1 - E^-0.18 on average (Gabriel et al., NIM A 338, 336), with a beta distribution around
-    it.
-    """
+    """Hadronic showers: cascades of pi0 with their own positions, and a halo. The pi0 share of the energy is
+    beta distributed around 1 - E^-0.18 (Gabriel et al., NIM A 338, 336)."""
     n, size = len(at.row), (len(at.row), CASCADES)
     mean = np.clip(1 - np.maximum(at.energy, 1.5) ** -0.18, 0.1, 0.95)
     pi0 = rng.beta(PI0_SPREAD * mean, PI0_SPREAD * (1 - mean))
     photons = HADRON_LIGHT * detector.light * at.energy * np.exp(0.05 * rng.standard_normal(n))
-    share = rng.standard_gamma(CASCADE_SHAPE, size) + 1e-12                             # (n, CASCADES)
+    share = rng.standard_gamma(CASCADE_SHAPE, size) + 1e-12                             # (N, CASCADES)
     share /= share.sum(1, keepdims=True)
     depth = detector.interaction * (1 + rng.standard_exponential(size))
     energy = np.maximum(share * (at.energy * pi0)[:, None], 0.5)
     radius = CASCADE_KT * np.sqrt(rng.standard_exponential(size)) * depth / energy
-    radius = np.minimum(radius, 3 * detector.spread * rng.random(size))                 # soft ones are absorbed on the way
+    radius = np.minimum(radius, 3 * detector.spread * rng.random(size))   # soft ones are absorbed on the way
     phi = rng.uniform(0, 2 * np.pi, size)
-    light = share * (photons * pi0)[:, None]
+    x, y = at.x[:, None] + radius * np.cos(phi), at.y[:, None] + radius * np.sin(phi)
+    light, row = share * (photons * pi0)[:, None], np.broadcast_to(at.row[:, None], size)
     keep = light > FAINT
-    core = Lights(np.broadcast_to(at.row[:, None], size)[keep], light[keep],
-                  (at.x[:, None] + radius * np.cos(phi))[keep], (at.y[:, None] + radius * np.sin(phi))[keep],
-                  1.1 * np.exp(0.2 * rng.standard_normal(keep.sum())), np.full(keep.sum(), SHOWERY))
-    halo = Lights(at.row, QUENCHED * (1 - pi0) * photons, at.x, at.y, np.exp(0.25 * rng.standard_normal(n)), np.full(n, HALOED))
+    width = 1.1 * np.exp(0.2 * rng.standard_normal(keep.sum()))
+    core = Lights(row[keep], light[keep], x[keep], y[keep], width, np.full(keep.sum(), SHOWERY))
+    width = np.exp(0.25 * rng.standard_normal(n))
+    halo = Lights(at.row, QUENCHED * (1 - pi0) * photons, at.x, at.y, width, np.full(n, HALOED))
     return _join([core, halo])
 
 
 def _tracks(rng, detector, lights, share, scale, law):
-    """Draw the tracks of one component of the profile and the fibre that each one lights.
-
-    Returns row (T,), ix (T,), iy (T,) of the tracks inside the matrix.
-    """
+    """Random tracks of one component of a profile: row (T,) and fibre ix (T,), iy (T,), inside the matrix."""
     half_x, half_y = detector.half
     stretch = detector.core if scale < CORE_CM else detector.spread if scale < PIPE_CM else 1.0
     width = scale * lights.width * stretch
@@ -450,7 +447,7 @@ def _tracks(rng, detector, lights, share, scale, law):
 
 
 def _respond(rng, detector, rows, lights):
-    """Photons per fibre, uint16 (rows, H, W): each track gives a geometric number of photons in its fibre."""
+    """Photons per fibre, uint16 (rows, H, W): each track gives its fibre a geometric number of photons."""
     h, w = detector.shape
     fibres = []
     for number, profile in enumerate(PROFILES):
@@ -464,13 +461,15 @@ def _respond(rng, detector, rows, lights):
 
 
 def run_uncut(rng, detector, particles, pdg):
-    """One independent run of each particle, no cut: uint16 (N, H, W)."""
+    """One independent run of each particle, without the cut: uint16 (N, H, W)."""
     energy, vx, vy, vz, px, py, pz = particles[:, :7].astype(np.float64).T
-    z = np.sign(pz) * vz   # both sides look alike: z counts towards the ZDC that the particle flies to
-    start = Particles(np.arange(len(pdg)), pdg.astype(np.int64), energy, vx, vy, z, px / np.abs(pz), py / np.abs(pz))
+    z = np.sign(pz) * vz   # both sides are alike: z counts towards the ZDC to which the particle flies
+    slopes = px / np.abs(pz), py / np.abs(pz)
+    start = Particles(np.arange(len(pdg)), pdg.astype(np.int64), energy, vx, vy, z, *slopes)
     at, haze = _scrape(rng, _arrive(_decay(rng, start)))
-    lights = _join([_electromagnetic(rng, detector, _pick(at, at.em)), _hadronic(rng, detector, _pick(at, ~at.em)), haze])
-    return _respond(rng, detector, len(pdg), lights)
+    photons = _electromagnetic(rng, detector, _pick(at, at.em))
+    hadrons = _hadronic(rng, detector, _pick(at, ~at.em))
+    return _respond(rng, detector, len(pdg), _join([photons, hadrons, haze]))
 
 
 BLOCK = 2000          # runs simulated at a time: bounds the memory
@@ -479,8 +478,8 @@ BLOCK = 2000          # runs simulated at a time: bounds the memory
 def simulate(detector, particles, pdg, seed, cut=CUT, tries=3000):
     """The oracle: an independent run of every particle, repeated until it has at least `cut` photons.
 
-    particles (N, 9) as FEATURES, pdg (N,); returns uint16 (N, H, W). Rows that fail `tries` times stay as
-    they are last.
+    particles (N, 9) as FEATURES, pdg (N,); returns uint16 (N, H, W). A row that fails `tries` times keeps its
+    last run.
     """
     rng = np.random.default_rng([VERSION, seed, len(pdg)])
     responses = np.zeros((len(pdg), *detector.shape), np.uint16)
@@ -503,8 +502,8 @@ def simulate(detector, particles, pdg, seed, cut=CUT, tries=3000):
 
 
 def simulated_blocks(name, n, seed=0, fresh=False, quiet=False):
-    """Simulate runs of the primaries, drawn at random, until `n` have passed the cut; yields
-    responses uint16 (B, H, W), particles (B, 9) and pdg (B,) block by block."""
+    """Random runs of the primaries until `n` have passed the cut, in blocks: responses uint16 (B, H, W),
+    particles (B, 9) and pdg (B,)."""
     detector = DETECTORS[name]
     particles, pdg, weights = primaries(seed, fresh)
     rng = np.random.default_rng([VERSION, seed, int(fresh), sorted(DETECTORS).index(name)])

@@ -1,4 +1,4 @@
-"""Tests run on the CPU, seen as two devices, and keep their data sets and compiled code in a folder of their own."""
+"""Tests run on the CPU, seen as two devices, with data sets and compiled code in a folder of their own."""
 import os
 import sys
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # both before JAX is first imported
-# compiling is what takes the time of the tests, a quarter less with plain code
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+# most of the time goes into compiling: a quarter less without optimisation
+XLA_FLAGS = " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + XLA_FLAGS
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-LONG = "vqgan", "fm", "iaf", "latent_fm", "vae", "gan", "data", "diffusion", "errors"   # files that take a minute and more
+LONG = "vqgan", "iaf", "latent_fm", "vae", "fm", "gan", "diffusion", "errors", "common", "data"
 
 
 def pytest_collection_modifyitems(items):
@@ -31,7 +32,7 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_detectors(tmp_path_factory):
-    """For the rest of a file."""
+    """Small detectors for the rest of a file."""
     import tiny
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink_detectors(patch, tmp_path_factory.mktemp("data"))
@@ -40,8 +41,8 @@ def small_detectors(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_code():
-    """Lets go of what a file compiled. An executable takes memory maps, of which Linux allows a process 65 530; test_fm.py alone
-    takes half of them, and a process that has none left crashes."""
+    """Lets go of what a file compiled: executables take memory maps, and a process crashes that has used up
+    the 65 530 that Linux allows."""
     import jax  # after the flags above
     yield
     jax.clear_caches()

@@ -34,7 +34,7 @@ def no_sklearn(monkeypatch):
 
 
 def arguments(*flags):
-    return channels.flags().parse_args(["--quiet", *flags])
+    return channels.parse(["--quiet", *flags])
 
 
 def without_times(result):
@@ -42,15 +42,17 @@ def without_times(result):
             for name, entry in result["models"].items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 def test_linear_regression_is_least_squares(dataset, sums):
     train, test = slice(0, 1000), slice(1000, 1500)
     [(_, predict)] = channels.linear_regression(arguments(), dataset.particles[train], sums[train])
     scaler = data.fit_conditions(dataset.particles[train], "raw")
     x, new = (data.conditions(dataset.particles[rows], scaler) for rows in (train, test))
-    expected = np.expm1(LinearRegression().fit(x.astype(float), np.log1p(sums[train]).astype(float)).predict(new))
-    np.testing.assert_allclose(predict(dataset.particles[test]), np.maximum(expected, 0), rtol=1e-3, atol=1e-3)
+    fitted = LinearRegression().fit(x.astype(float), np.log1p(sums[train]).astype(float))
+    expected = np.expm1(fitted.predict(new))
+    found = predict(dataset.particles[test])
+    np.testing.assert_allclose(found, np.maximum(expected, 0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["decision tree", "k nearest neighbours"])
@@ -92,7 +94,7 @@ def test_only_a_missing_scikit_learn_is_forgiven(sums):
         channels.fit(model, None, (None, None), (None, sums))
 
 
-# ------------------------------------------------------------------------------------------------------- flow matching
+# ---------------------------------------------------------------------------------------------- flow matching
 
 POINT = jnp.array([0.3, -1.0, 2.0, 0.0, 5.0])
 
@@ -103,9 +105,11 @@ def to_point(z):
 
 
 def test_the_loss_of_the_exact_velocity_is_zero():
+    for t in (0.0, 0.5, 0.9):
+        assert channels.flow_loss(to_point, POINT, t, jnp.zeros(1), jax.random.key(0)) < 1e-6
+    assert channels.flow_loss(lambda z: -to_point(z), POINT, 0.5, jnp.zeros(1), jax.random.key(0)) > 1
     x1, c = jnp.broadcast_to(POINT, (64, 5)), jnp.zeros((64, 1))
-    assert channels.flow_loss(to_point, x1, c, jax.random.key(0)) < 1e-6
-    assert channels.flow_loss(lambda z: -to_point(z), x1, c, jax.random.key(0)) > 1
+    assert channels.batch_flow_loss(to_point, x1, c, jax.random.key(0)) < 1e-6
 
 
 def test_the_sampler_follows_the_exact_velocity():
@@ -120,8 +124,8 @@ def test_flow_matching_learns_a_gaussian(inputs):
     c = rng.uniform(-1, 1, (4000, inputs)).astype(np.float32)
     centre = 0.5 * np.broadcast_to(c, (4000, 5))
     x1 = (centre + 0.3 * rng.standard_normal((4000, 5))).astype(np.float32)
-    args = arguments("--epochs", "12", "--batch-size", "128")
-    *_, net = channels.train(args, channels.flow_loss, 6 + inputs, x1, c)
+    plan = channels.plan(arguments("--epochs", "12", "--batch-size", "128"))
+    *_, net = channels.train(channels.batch_flow_loss, 6 + inputs, x1, c, plan)
     error = np.asarray(channels.sample(net, c, jax.random.key(1), 25)) - centre
     np.testing.assert_allclose(error.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(error.std(0), 0.3, atol=0.05)
@@ -133,11 +137,12 @@ def test_the_regression_learns_the_mean():
     c = rng.uniform(-1, 1, (4000, 2)).astype(np.float32)
     mean = np.stack([c[:, 0], c[:, 1], c[:, 0] * c[:, 1], -c[:, 0], np.zeros(4000)], axis=1)
     x1 = (mean + 0.3 * rng.standard_normal(mean.shape)).astype(np.float32)
-    *_, net = channels.train(arguments("--epochs", "12", "--batch-size", "128"), channels.regression_loss, 2, x1, c)
+    plan = channels.plan(arguments("--epochs", "12", "--batch-size", "128"))
+    *_, net = channels.train(channels.regression_loss, 2, x1, c, plan)
     assert np.sqrt(np.mean((jax.vmap(net)(c) - mean)**2)) < 0.1
 
 
-# ------------------------------------------------------------------------------------------------- library and command
+# ---------------------------------------------------------------------------------------- library and command
 
 def test_direct_estimates(dataset):
     found = channels.direct_estimates(dataset, "zn")
@@ -154,8 +159,8 @@ def test_main_writes_what_it_returns(tmp_path, capsys):
     assert list(result["models"]) == ["original data", *FIVE, "flow matching", "lookup"]
     for name, entry in result["models"].items():
         assert any(line.startswith(name) for line in lines)
-        for test in ("seen", "unseen"):
-            assert entry[test]["W"]["R"] == pytest.approx(entry[test]["W"]["value"] / entry[test]["W"]["oracle"])
+        for w in (entry["seen"]["W"], entry["unseen"]["W"]):
+            assert w["R"] == pytest.approx(w["value"] / w["oracle"])
     published = [result["models"][name]["published"] for name in ("original data", "decision tree", "lookup")]
     assert published == [0.53, 3.86, None]
 
@@ -176,8 +181,8 @@ def test_same_seed_same_numbers(no_sklearn, tmp_path):
 
 def test_a_file_is_scored_beside_its_floor(no_sklearn, dataset, tmp_path):
     data.save(tmp_path / "some.h5", dataset, detector="zn")
-    result = channels.main(["--data", str(tmp_path / "some.h5"), "--split", "particles", "--epochs", "1", "--quiet",
-                            "--run", str(tmp_path)])
+    flags = ["--data", str(tmp_path / "some.h5"), "--split", "particles", "--epochs", "1", "--quiet"]
+    result = channels.main([*flags, "--run", str(tmp_path)])
     entry = result["models"]["lookup"]
     assert "seen" not in entry and set(entry["unseen"]["W"]) == {"value", "spread", "floor", "R"}
     assert entry["unseen"]["W"]["floor"] > 0 and entry["unseen"]["W"]["R"] is None
@@ -188,8 +193,8 @@ def test_too_few_rows():
         channels.main(["--n", "100", "--quiet"])
 
 
-@pytest.mark.parametrize("argv", [["--epochs", "0"], ["--detector", "zx"], ["--load", "x.eqx"], ["--cond", "all"],
-                                  ["--data", "missing.h5"]])
+@pytest.mark.parametrize("argv", [
+    ["--epochs", "0"], ["--detector", "zx"], ["--load", "x.eqx"], ["--cond", "all"], ["--data", "missing.h5"]])
 def test_bad_flags_end_in_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: channels.main(argv))

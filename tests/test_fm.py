@@ -1,3 +1,4 @@
+"""fm.py, and by it what every script does: a run and its files, loading, generating, resuming, devices."""
 import json
 import math
 import os
@@ -14,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from scipy.stats import chisquare, logistic
 
 import common
 import data
@@ -24,14 +23,16 @@ import metrics
 import tiny
 from common import UserError
 
-SHAPES = {name: detector.shape for name, detector in data.DETECTORS.items()}
 KEY = jax.random.key(0)
+SHAPES = {name: detector.shape for name, detector in data.DETECTORS.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shrunk():
+def small(tmp_path_factory):
+    """Small detectors, networks and scores for the whole file."""
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink(patch.setattr)
+        tiny.shrink_detectors(patch, tmp_path_factory.mktemp("data"))
         yield
 
 
@@ -47,19 +48,22 @@ def trained(tmp_path_factory):
     return folder, fm.main([*tiny.FLAGS, "--run", str(folder)])
 
 
-def arguments(*flags):
-    return fm.flags().parse_args([*tiny.FLAGS, *map(str, flags)])
+def make(net="tiny", how="sample", detector="zn", conditions=14):
+    return fm.make_network(net, how, data.DETECTORS[detector], conditions, KEY)
 
 
-def run(dataset, folder, *flags):
-    """Train on the data set; the averaged network."""
-    args = arguments("--run", folder, *flags)
-    rows = data.split_rows(len(dataset.pdg), 0)[0]
-    return fm.train(args, dataset, rows, data.fit_conditions(dataset.particles[rows], args.cond))[0]
+def run(dataset, folder, *flags, loss=fm.batch_loss):
+    """Train on the training rows of the data set with these flags; the averaged network and the times."""
+    args = fm.parse([*tiny.FLAGS, "--run", str(folder), *map(str, flags)])
+    rows = data.split_rows(len(dataset.pdg), 0).train
+    scaler = data.fit_conditions(dataset.particles[rows], args.cond)
+    arrays, plan = (dataset.responses, data.conditions(dataset.particles, scaler)), common.plan(args)
+    return fm.train(make(), partial(loss, how=args.counts, end=args.exit), arrays, rows, plan)
 
 
 def losses(folder):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in common.read_log(folder)]
+    return [{name: value for name, value in record.items() if name != "seconds"}
+            for record in common.read_log(folder)]
 
 
 def leaves(tree):
@@ -71,54 +75,47 @@ def assert_equal_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-# -------------------------------------------------------------------------------------------------------------- solvers
+# -------------------------------------------------------------------------------------------------- objective
 
-def denoised(a, b=0.0):
-    """The maps of a network whose mean of x_1 is a + b x."""
-    return jnp.stack([a, 0 * a + b, 0 * a + 50, 0 * a])                        # the probability of light is 1
-
-
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("ab2", 2), ("rk4", 4)])
-def test_order_of_convergence(solver, order):
-    error = [abs(fm.integrate(lambda x, t: -x, np.float64(1), 2.0, steps, solver) - math.exp(-2)) for steps in
-             (64, 128)]
-    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.1)
+def predicted(a, b=0.0):
+    """The maps of a network whose prediction of x_1 is a + b x, every fibre being lit."""
+    return jnp.stack([a, 0 * a + b, 0 * a + 50, 0 * a])
 
 
-@pytest.mark.parametrize("solver, degree", [("euler", 0), ("midpoint", 1), ("rk4", 3)])
-def test_times_of_the_stages(solver, degree):
-    """dx/dt = t^p is a quadrature: exact up to the degree of the rule, if each stage is asked at its own time."""
-    for p in range(degree + 2):
-        error = fm.integrate(lambda x, t: t**p, np.float64(0), 0.6, 3, solver) - 0.6 ** (p + 1) / (p + 1)
-        assert (abs(error) < 1e-12) == (p <= degree)
+def test_velocity_of_a_right_prediction_is_the_straight_line():
+    x0, x1 = jax.random.normal(KEY, (2, 5, 4))
+    for t in (0.0, 0.3, 0.94):
+        x = (1 - t) * x0 + t * x1
+        longer = jnp.concatenate([predicted(x1), jnp.stack([x, x, x])])        # with the maps of the counts
+        for maps in (predicted(x1), predicted(x1 - 0.5 * x, 0.5), longer):
+            np.testing.assert_allclose(fm.velocity(maps, x, t), x1 - x0, atol=2e-5)
+    np.testing.assert_array_equal(fm.velocity(x0[None], x, t), x0)  # one map is the velocity itself
 
 
-@pytest.mark.parametrize("solver", fm.SOLVERS)
-@pytest.mark.parametrize("steps", [1, 3, 11])
-def test_straight_lines_are_exact(solver, steps):
-    x0, x1 = jax.random.normal(KEY, (2, 44, 44))
-    for end in (0.6, 0.95):
-        x = fm.integrate(lambda x, t: fm.velocity(denoised(x1), x, t), x0, end, steps, solver)
-        np.testing.assert_allclose(x, (1 - end) * x0 + end * x1, atol=2e-5)
+def test_flow_loss_is_the_squared_error_of_the_velocity():
+    x1 = jnp.asarray(np.random.default_rng(2).normal(size=(12, 12)), jnp.float32)
+    assert fm.flow_loss(lambda x, t, c: predicted(x1), x1, 0.4, None, KEY) < 1e-8
+    # a prediction that is off by 0.6 at t = 0.4 gives a velocity that is off by 1
+    assert fm.flow_loss(lambda x, t, c: predicted(x1 + 0.6), x1, 0.4, None, KEY) == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("end", [0.6, 0.94])
-@pytest.mark.parametrize("solver, error", [("rk4", 1e-3), ("ab2", 1e-2)])
-def test_flow_of_a_gaussian(end, solver, error):
-    """For x_1 ~ N(m, s^2) the mean of x_1 is linear in x_t, m + slope (x_t - t m), and the flow keeps each quantile."""
-    m, s = 1.7, 0.3
-
-    def v(x, t):
-        slope = t * s**2 / ((1 - t) ** 2 + t**2 * s**2)
-        return fm.velocity(denoised(jnp.full_like(x, m - slope * t * m), slope), x, t)
-    x0 = jax.random.normal(KEY, (100, 100))
-    spread = math.hypot(1 - end, end * s)
-    x = fm.integrate(v, x0, end, 64, solver)
-    np.testing.assert_allclose(x, end * m + spread * x0, atol=error)
-    assert float(x.mean()) == pytest.approx(end * m, abs=0.05) and float(x.std()) == pytest.approx(spread, rel=0.03)
+def test_path_of_the_loss_starts_in_noise_and_ends_in_data():
+    x1 = jnp.full((200, 200), 3.0)
+    for t in (0.0, 0.5, 1.0):
+        states = []
+        fm.flow_loss(lambda x, t, c: states.append(x) or x[None], x1, t, None, KEY)
+        assert float(states[0].mean()) == pytest.approx(3 * t, abs=0.02)
+        assert float(states[0].std()) == pytest.approx(1 - t, abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------ objective
+def test_count_nats_are_those_of_the_counts_at_the_state():
+    counts = jnp.asarray(np.random.default_rng(2).poisson(2.0, (12, 12)), jnp.float32)
+    x1 = 2 * jnp.sqrt(counts)
+    maps = jnp.stack([0 * x1, 0 * x1 + 1, 0 * x1 - 1])                         # location x_t, scale exp(-1)
+    found = fm.count_nats(lambda x, t, c: maps, counts, x1, 0.6, None, KEY)
+    x = 0.4 * jax.random.normal(KEY, (12, 12)) + 0.6 * x1
+    assert found == pytest.approx(float(data.count_loss(counts, x, jnp.exp(-1.0)).mean()), rel=1e-5)
+
 
 @pytest.mark.parametrize("how", ["round", "floor"])
 def test_counts_survive_the_state(how):
@@ -129,246 +126,146 @@ def test_counts_survive_the_state(how):
     assert (fm.to_counts(jnp.array([-3.0, -1e-3, 0.0]), how) == 0).all()
 
 
-def test_state_of_sampled_counts_has_no_noise():
-    counts = jnp.arange(100.0)
-    np.testing.assert_allclose(fm.to_state(counts, "sample", KEY), 2 * np.sqrt(np.arange(100)), rtol=1e-6)
-
-
-def test_velocity_from_an_exact_response():
-    x0, x1 = jax.random.normal(KEY, (2, 5, 4))
-    for t in (0.0, 0.3, 0.94):
-        x = (1 - t) * x0 + t * x1
-        for maps in (denoised(x1), denoised(x1 - 0.5 * x, 0.5), jnp.concatenate([denoised(x1), jnp.stack([x, x, x])])):
-            np.testing.assert_allclose(fm.velocity(maps, x, t), x1 - x0, atol=2e-5)
-    np.testing.assert_array_equal(fm.velocity(x0[None], x, t), x0)             # the paper's network gives it directly
-
-
-def test_path_error_is_zero_for_the_right_velocity():
-    counts, key = jnp.asarray(np.random.default_rng(2).poisson(0.5, (44, 44)), jnp.float32), jax.random.key(3)
-    x1 = fm.to_state(counts, "sample", key)
-    error, maps, x = fm.path_error(lambda x, t, c: denoised(x1), counts, 0.4, None, "sample", key)
-    assert abs(error).max() < 1e-4 and maps.shape == (4, 44, 44)
-    np.testing.assert_allclose((x - 0.4 * x1).std(), 0.6, rtol=0.05)
-    wrong = fm.path_error(lambda x, t, c: denoised(x1 + 0.6), counts, 0.4, None, "sample", key)[0]
-    np.testing.assert_allclose(wrong, 1, rtol=1e-4)
-
-
-@pytest.mark.parametrize("detector", data.DETECTORS.values(), ids=data.DETECTORS)
-def test_emphasis(detector):
-    """Against sums written out, and for white noise the sum of its weights, since every direction has unit length."""
-    rng, (h, w) = np.random.default_rng(4), detector.shape
-    c = np.zeros(14, np.float32)
-    c[[11, 13]] = np.arcsinh(np.array([detector.centre, detector.centre - 19.3]) / 3.52)     # both places in the middle
-    r2 = (np.arange(h)[:, None] + 0.5 - h / 2)**2 + (np.arange(w) + 0.5 - w / 2)**2
-    directions = [(4 * 2, bump / np.sqrt((bump**2).sum())) for bump in (1 / (1 + r2 / 4), np.exp(-r2 / 2))]    # two places
-    directions.append((6, np.full((h, w), (h * w) ** -0.5)))
-    for size, weight in ((4, 0.6), (16, 2.4)):
-        for i in range(0, h, size):
-            for j in range(0, w, size):
-                block = np.zeros((h, w))
-                block[i:i + size, j:j + size] = 1 / size
-                directions.append((weight, block))
-    error = rng.normal(size=(h, w)).astype(np.float32)
-    expected = sum(weight * (direction * error).sum()**2 for weight, direction in directions)
-    assert fm.emphasis(jnp.asarray(error), jnp.asarray(c), detector) == pytest.approx(expected, rel=2e-3)
-    assert fm.emphasis(jnp.asarray(error), jnp.zeros(9), detector) < expected      # raw conditions know no places
-
-
-def probabilities(counts, location, scale):
-    return np.exp(-np.asarray(fm.count_loss(jnp.asarray(counts, jnp.float32), location, scale), np.float64))
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.floats(-5, 40), st.floats(-4, 3))
-def test_probabilities_sum_to_one(location, log_scale):
-    found = probabilities(np.arange(40_001), np.float32(location), np.float32(np.exp(log_scale)))
-    assert found.sum() == pytest.approx(1, abs=2e-3)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.floats(-3, 20), st.floats(-2, 2))
-def test_count_loss_by_brute_force(location, log_scale):
-    counts, scale = np.arange(200), np.exp(log_scale)
-    edges = logistic.cdf(2 * np.sqrt(np.maximum(np.arange(201) - 0.5, 0)), location, scale)
-    expected = np.diff(edges)
-    expected[0] = edges[1]                                                     # everything below counts as no photon
-    found = probabilities(counts, np.float32(location), np.float32(scale))
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-9)
-
-
-def test_count_loss_stays_finite():
-    grid = [0.0, 1, 7, 65535], [-1e3, 0, 30, 1e3], np.exp([-4.0, 0, 3])
-    counts, location, scale = (jnp.asarray(axis, jnp.float32) for axis in np.meshgrid(*grid))
-    value, gradient = jax.value_and_grad(lambda a, b: fm.count_loss(counts, a, b).mean(), (0, 1))(location, scale)
-    assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in gradient)
-
-
-@pytest.mark.parametrize("location, scale", [(0.3, 0.5), (-2.0, 1.5), (6.0, 0.4)])
-def test_draws_follow_the_loss(location, scale):
-    draws = fm.draw_counts(jnp.full(100_000, location), jnp.full(100_000, scale), jax.random.key(7))
-    draws = np.asarray(draws).astype(int)
-    expected = len(draws) * probabilities(np.arange(draws.max() + 1), location, scale)
-    often = expected >= 20
-    found = np.append(np.bincount(draws)[often], np.bincount(draws)[~often].sum())
-    expected = np.append(expected[often], len(draws) - expected[often].sum())
-    assert chisquare(found, expected).pvalue > 1e-3
-
-
 def test_halves_of_a_batch(monkeypatch):
-    """With sampled counts half of the batch trains the path, at times exit u^3 for even u, the other half the counts, at
-    exit."""
-    seen, loss = [], fm.count_loss
-    maps = jnp.zeros((7, 44, 44))
-    monkeypatch.setattr(fm, "path_error", lambda net, n, t, c, how, key: (jnp.sqrt(jnp.full(n.shape, t)), maps, jnp.full(n.shape, t)))
-    monkeypatch.setattr(fm, "emphasis", lambda error, c, detector: 44 * 44 * error[0, 0])
-    monkeypatch.setattr(fm, "count_distribution", lambda maps, x: (x, jnp.ones_like(x)))
-    monkeypatch.setattr(fm, "count_loss", lambda *args: seen.append(args) or loss(*args))
-    counts, c = np.zeros((64, 44, 44), np.uint16), np.zeros((64, 14), np.float32)
-    total, parts = fm.batch_loss(None, counts, c, KEY, arguments("--exit", "0.5"))
-    [(_, location, _)] = seen
-    assert parts["path"] == pytest.approx(0.5 / 4, abs=0.01) and len(location) == 32 and (location == 0.5).all()
-    assert parts["nats per fibre"] == pytest.approx(-logistic.logcdf(math.sqrt(2) - 0.5), rel=1e-5)
-    assert parts["sums"] == pytest.approx(0.4 * 0.5**0.5, abs=0.02)            # the mean of u^(3/2)
-    assert total == pytest.approx(float(parts["path"] + parts["sums"] + 10 * parts["nats per fibre"]))
+    """Half of the batch learns the path, at times exit u^3 for even u, the other half the counts, at exit."""
+    monkeypatch.setattr(fm, "flow_loss", lambda net, x1, t, c, key: t)
+    monkeypatch.setattr(fm, "count_nats", lambda net, counts, x1, t, c, key: t * jnp.ones(()))
+    counts, c = np.zeros((64, 12, 12), np.uint16), np.zeros((64, 14), np.float32)
+    total, parts = fm.batch_loss(None, counts, c, KEY, "sample", 0.5)
+    assert parts["path"] == pytest.approx(0.5 / 4, abs=0.01) and parts["nats per fibre"] == 0.5
+    assert total == pytest.approx(float(parts["path"]) + 5)
     for how in ("round", "floor"):
-        assert fm.batch_loss(None, counts, c, KEY, arguments("--counts", how))[0] == pytest.approx(0.5, abs=0.01)
+        assert fm.batch_loss(None, counts, c, KEY, how, 1.0)[0] == pytest.approx(0.5, abs=0.01)
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ---------------------------------------------------------------------------------------------------- sampler
 
-def untrained(*flags, conditions=14):
-    """The network of the flags, shapes only."""
-    return eqx.filter_eval_shape(fm.make_network, arguments(*flags), conditions, KEY)
-
-
-def size(net):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net) if getattr(leaf, "dtype", None) == jnp.float32)
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("ab2", 2)])
+def test_order_of_convergence(solver, order):
+    error = [abs(fm.integrate(lambda x, t: -x, np.float64(1), 2.0, steps, solver) - math.exp(-2))
+             for steps in (64, 128)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("conditions, places", [(14, {11, 12, 13}), (9, {4, 5})])
-def test_fast_waves_are_those_of_the_places(conditions, places):
-    """A wave's slope is at most its frequency: 64 for the places, 4 for everything else, so that it cannot tell particles apart."""
-    slopes = np.abs(jax.vmap(jax.jacobian(fm.waves))(jax.random.normal(KEY, (200, conditions)))).max((0, 1))
-    assert {j for j in range(conditions) if slopes[j] > 60} == places
-    assert all(3 < slopes[j] <= 4 for j in range(conditions) if j not in places)
+@pytest.mark.parametrize("solver, degree", [("euler", 0), ("midpoint", 1)])
+def test_times_of_the_stages(solver, degree):
+    """dx/dt = t^p is a quadrature: exact up to the degree of the rule if each stage has its own time."""
+    for p in range(degree + 2):
+        error = fm.integrate(lambda x, t: t**p, np.float64(0), 0.6, 3, solver) - 0.6 ** (p + 1) / (p + 1)
+        assert (abs(error) < 1e-12) == (p <= degree)
 
 
-def test_sizes_of_the_networks():
-    assert size(untrained("--net", "paper", "--counts", "round", conditions=9)) == 77_372
-    for detector in SHAPES:
-        assert size(untrained("--net", "compact", "--detector", detector)) <= 100_000
-    assert size(untrained()) == common.count_parameters(fm.make_network(arguments(), 14, KEY))
+@pytest.mark.parametrize("solver", fm.EVALUATIONS)
+@pytest.mark.parametrize("steps", [1, 3, 11])
+def test_straight_lines_are_exact(solver, steps):
+    x0, x1 = jax.random.normal(KEY, (2, 12, 12))
+    for end in (0.6, 0.95):
+        x = fm.integrate(lambda x, t: fm.velocity(predicted(x1), x, t), x0, end, steps, solver)
+        np.testing.assert_allclose(x, (1 - end) * x0 + end * x1, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (5, 9)])
-def test_patches(shape):
-    x = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
-    patches = fm.to_patches(x, 4)
-    assert patches.shape == (-(-shape[0] // 4) * -(-shape[1] // 4), 16)
-    np.testing.assert_array_equal(patches[0].reshape(4, 4), x[:4, :4])
-    np.testing.assert_array_equal(fm.from_patches(patches, 4, shape), x[None])
-    both = jnp.concatenate([patches, -patches], axis=1)                        # (P, 2 * 16)
-    np.testing.assert_array_equal(fm.from_patches(both, 4, shape), jnp.stack([x, -x]))
+@pytest.mark.parametrize("end", [0.6, 0.94])
+@pytest.mark.parametrize("solver", ["midpoint", "ab2"])
+def test_flow_of_a_gaussian(end, solver):
+    """For x_1 ~ N(m, s^2) the mean of x_1 is m + slope (x_t - t m), and the flow keeps quantiles."""
+    m, s = 1.7, 0.3
+
+    def v(x, t):
+        slope = t * s**2 / ((1 - t) ** 2 + t**2 * s**2)
+        return fm.velocity(predicted(jnp.full_like(x, m - slope * t * m), slope), x, t)
+    x0 = jax.random.normal(KEY, (100, 100))
+    x = fm.integrate(v, x0, end, 64, solver)
+    np.testing.assert_allclose(x, end * m + math.hypot(1 - end, end * s) * x0, atol=1e-2)
 
 
-@pytest.mark.parametrize("detector", data.DETECTORS.values(), ids=data.DETECTORS)
-@pytest.mark.parametrize("charge", (0, 1))
-def test_vicinity(detector, charge):
-    """A bump stands where the simulator puts the light, straight on or bent; whole patches away everything looks the same."""
-    def near(x, y):
-        """Of a particle that hits at x and y, in fibres from the middle of the matrix."""
-        energy, mass, pdg = (3500.0, 938.27, 2212) if charge else (1000.0, 0.0, 22)
-        x_cm = x * detector.pitch + detector.centre - charge * data.BEAM_CM * 7000 / energy
-        px, py = (energy * cm / data.FLIGHT_CM for cm in (x_cm, y * detector.pitch))
-        particle = np.array([[energy, 0, 0, 0, px, py, np.sqrt(energy**2 - px**2 - py**2 - (mass / 1000)**2), mass, charge]], np.float32)
-        c = data.conditions(particle, data.Scaler(np.zeros(14), np.ones(14), "physics"))[0]
-        light = data.simulate(detector, np.repeat(particle, 300, 0), np.full(300, pdg), 0)
-        return *fm.vicinity(jnp.asarray(c), detector, 4), light.mean(0)
-
-    grid = lambda features: np.asarray(features).reshape(-(-detector.shape[0] // 4), -(-detector.shape[1] // 4), -1)
-    offsets, bumps, light = near(5.3, -2.1)
-    wide, narrow = (fm.from_patches(bumps[:, 2 * charge + i], 4, detector.shape)[0] for i in (0, 1))
-    expected = detector.shape[0] // 2 + 5, detector.shape[1] // 2 - 3          # the fibre from 5 to 6 and -3 to -2
-    assert wide[expected] == pytest.approx(1 / (1 + (0.2**2 + 0.4**2) / 4), abs=2e-3) and wide.max() == wide[expected]
-    assert narrow[expected] == pytest.approx(np.exp(-(0.2**2 + 0.4**2) / 2), abs=2e-3) and narrow.max() == narrow[expected]
-    assert wide[expected[0] + 3, expected[1]] == pytest.approx(1 / (1 + (3.2**2 + 0.4**2) / 4), abs=2e-3)
-    assert np.abs(np.subtract(np.unravel_index(light.argmax(), light.shape), expected)).max() <= 1
-    patch = tuple(n // 4 for n in expected)                                    # its middle lies at whole fibres from the matrix's
-    middle = 4 * np.array(patch) + 2 - np.array(detector.shape) / 2 - (5.3, -2.1)
-    np.testing.assert_allclose(2 * np.sinh(2 * grid(offsets)[patch][[charge, 2]]), middle, atol=5e-3)
-    moved = near(5.3 - 8, -2.1 + 4)
-    for there, here in zip(moved[:2], (offsets, bumps)):
-        kept = [0, 1, 2] if there.ndim == 2 else range(32 * charge, 32 * charge + 32)
-        np.testing.assert_allclose(grid(there)[:-2, 1:, kept], grid(here)[2:, :-1, kept], atol=5e-3)
-
-
-@pytest.mark.parametrize("detector", SHAPES)
-@pytest.mark.parametrize("counts", ["sample", "round", "floor"])
-@pytest.mark.parametrize("name", ["paper", "compact", "dense"])
-def test_every_variant_has_its_shapes(name, counts, detector):
-    """Traced, not compiled."""
-    flags, shape = ("--detector", detector, "--net", name, "--counts", counts), SHAPES[detector]
-    args, net = arguments(*flags), untrained(*flags)
-    batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
-    loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, args), net)
-    assert loss.shape == () and len(parts) == (3 if counts == "sample" else 1)
-    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) if hasattr(leaf, "dtype") else leaf, net)
-    maps = eqx.filter_eval_shape(lambda net: net(jnp.zeros(shape), 0.5, jnp.zeros(14)), half)
-    assert maps.dtype == jnp.bfloat16                                          # nothing on the way makes float32 of it
-    for solver in fm.SOLVERS:
-        here = common.with_flags(args, solver=solver, steps=1)
-        responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], here), net)
-        assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
-
-
-@pytest.mark.parametrize("solver", fm.SOLVERS)
-@pytest.mark.parametrize("counts", ["sample", "round"])
-def test_evaluations(solver, counts):
-    args, calls = arguments("--solver", solver, "--counts", counts, "--steps", "3"), []
+@pytest.mark.parametrize("solver", fm.EVALUATIONS)
+@pytest.mark.parametrize("how", ["sample", "round"])
+def test_evaluations(solver, how):
+    calls = []
 
     def net(x, t, c):
         calls.append(t)
-        return jnp.zeros((4 + 3 * (counts == "sample"), *x.shape))
-    fm.sample(net, np.zeros((2, 14), np.float32), KEY, args)
-    assert len(calls) == fm.evaluations(args)
+        return jnp.zeros((4 + 3 * (how == "sample"), *x.shape))
+    fm.sample(net, np.zeros((2, 14), np.float32), KEY, (12, 12), how, 0.6, 3, solver)
+    assert len(calls) == 3 * fm.EVALUATIONS[solver] + (how == "sample")
+    assert (max(calls) == 0.6) == (how == "sample")
 
 
-def test_largest_count_fits():
-    net = lambda x, t, c: denoised(jnp.full_like(x, 1e4))
-    for counts in ("round", "floor"):
-        assert (fm.sample(net, np.zeros((2, 14), np.float32), KEY, arguments("--counts", counts)) == 65535).all()
+def test_the_largest_count_fits():
+    net, c = lambda x, t, c: predicted(jnp.full_like(x, 1e4)), np.zeros((2, 14), np.float32)
+    for how in ("round", "floor"):
+        assert (fm.sample(net, c, KEY, (12, 12), how, 1.0, 2, "ab2") == 65535).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+def test_the_sampler_compiles_once(dataset):
+    traces, net = [], make()
 
-def test_a_step_compiles_once(dataset, tmp_path, monkeypatch):
-    traces, loss = [], fm.batch_loss
-    monkeypatch.setattr(fm, "batch_loss", lambda *args: traces.append(1) or loss(*args))
-    run(dataset, tmp_path, "--epochs", 3)
-    assert len(traces) == 1 and losses(tmp_path)[-1]["step"] == 3 * (489 // 64)
-
-
-def test_the_sampler_compiles_once(dataset, monkeypatch):
-    traces, draw = [], fm.sample
-    monkeypatch.setattr(fm, "sample", lambda *args: traces.append(1) or draw(*args))
+    def traced(net, c, key):
+        traces.append(1)
+        return fm.sample(net, c, key, (12, 12), "sample", 0.6, 2, "ab2")
     scaler = data.fit_conditions(dataset.particles, "physics")
-    net = fm.make_network(arguments(), 14, KEY)
-    generate = metrics.generator(arguments(), fm.sampler(arguments(), net), scaler)
-    responses = generate(dataset.particles[:150], 0)                           # 150 = 2 blocks and a short one
-    assert len(traces) == 1 and responses.shape == (150, 44, 44)
+    generate = metrics.generator(eqx.filter_jit(eqx.Partial(traced, net)), scaler, 0)
+    responses = generate(dataset.particles[:150], 0)  # 150 = 2 blocks and a short one
+    assert len(traces) == 1 and responses.shape == (150, 12, 12) and responses.dtype == np.uint16
     np.testing.assert_array_equal(generate(dataset.particles[:130], 0), responses[:130])
     assert not np.array_equal(generate(dataset.particles[:130], 1), responses[:130])
-    first, second = np.split(generate(dataset.particles[[0] * 128], 0), 2)     # two blocks of the same particle
+    first, second = np.split(generate(dataset.particles[[0] * 128], 0), 2)     # two blocks of one particle
     assert not np.array_equal(first, second)
 
 
+# ---------------------------------------------------------------------------------------------------- network
+
+def size(net):
+    arrays = [leaf for leaf in jax.tree.leaves(net) if getattr(leaf, "dtype", None) == jnp.float32]
+    return sum(math.prod(leaf.shape) for leaf in arrays)
+
+
+def test_sizes_of_the_networks():
+    shapes = partial(eqx.filter_eval_shape, fm.make_network)
+    full = {name: data.DETECTORS[name]._replace(shape=SHAPES[name]) for name in SHAPES}
+    assert size(shapes("paper", "round", full["zn"], 9, KEY)) == 77_372        # as the public code of [FM]
+    for detector in full.values():
+        assert size(shapes("compact", "sample", detector, 14, KEY)) <= 100_000
+    assert size(shapes("tiny", "sample", full["zn"], 14, KEY)) == common.count_parameters(
+        fm.make_network("tiny", "sample", full["zn"], 14, KEY))
+
+
+@pytest.mark.parametrize("detector", SHAPES)
+@pytest.mark.parametrize("how", ["sample", "round", "floor"])
+@pytest.mark.parametrize("name", ["paper", "compact", "dense"])
+def test_every_variant_has_its_shapes(name, how, detector):
+    """Traced, not compiled."""
+    shape = data.DETECTORS[detector].shape
+    net = eqx.filter_eval_shape(make, name, how, detector)
+    batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
+    loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, how, 0.6), net)
+    assert loss.shape == () and len(parts) == (2 if how == "sample" else 1)
+    for solver in fm.EVALUATIONS:
+        draw = lambda net: fm.sample(net, *batch[1:], shape, how, 0.6, 1, solver)
+        responses = eqx.filter_eval_shape(draw, net)
+        assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def test_a_step_compiles_once(dataset, tmp_path):
+    traces = []
+
+    def loss(*args, **kwargs):
+        traces.append(1)
+        return fm.batch_loss(*args, **kwargs)
+    run(dataset, tmp_path, "--epochs", 3, loss=loss)
+    assert len(traces) == 1 and losses(tmp_path)[-1]["step"] == 3 * (489 // 64)
+
+
 def test_training_lowers_the_loss(dataset, tmp_path):
-    """On one and the same batch with the same noise, for the averaged network of a short run against the untrained one."""
-    net, args = run(dataset, tmp_path, "--epochs", 8, "--batch-size", 16), arguments()
+    """On one batch with the same noise, for the averaged network of a short run and the untrained one."""
+    net = run(dataset, tmp_path, "--epochs", 8, "--batch-size", 16)[0]
     c = data.conditions(dataset.particles, data.fit_conditions(dataset.particles, "physics"))
-    loss = eqx.filter_jit(lambda net: fm.batch_loss(net, dataset.responses[:400], c[:400], KEY, args)[1])
-    before, after = loss(fm.make_network(args, 14, KEY)), loss(net)
-    assert all(after[name] < before[name] for name in before) and before.keys() == {"path", "sums", "nats per fibre"}
+    batch = dataset.responses[:400], c[:400], KEY
+    loss = eqx.filter_jit(lambda net: fm.batch_loss(net, *batch, "sample", 0.6)[1])
+    before, after = loss(make()), loss(net)
+    assert all(after[name] < before[name] for name in before)
 
 
 def test_same_seed_same_run(dataset, trained, tmp_path):
@@ -382,121 +279,100 @@ def test_same_seed_same_run(dataset, trained, tmp_path):
     assert losses(tmp_path / "other") != losses(tmp_path)
 
 
-def test_two_devices(dataset, tmp_path):
-    one, two = (run(dataset, tmp_path / str(devices), "--devices", devices, "--epochs", 2) for devices in (1, 2))
+def test_two_devices_take_the_steps_of_one(dataset, tmp_path):
+    one, two = (run(dataset, tmp_path / str(n), "--devices", n, "--epochs", 2)[0] for n in (1, 2))
     for a, b in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     for a, b in zip(leaves(one), leaves(two)):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_bf16(dataset, tmp_path):
-    net = run(dataset, tmp_path / "bf16", "--precision", "bf16")
+def test_bf16_trains_float32_weights(dataset, tmp_path):
+    net = run(dataset, tmp_path / "bf16", "--precision", "bf16")[0]
     run(dataset, tmp_path / "f32")
     assert {leaf.dtype for leaf in leaves(net)} == {jnp.dtype("float32")}
-    assert losses(tmp_path / "bf16")[-1] == pytest.approx(losses(tmp_path / "f32")[-1], rel=0.1)     # the gradient norm: 7 %
-
-
-def test_seconds_of_a_step(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "time", tiny.clock())
-    args, rows = arguments("--run", tmp_path, "--batch-size", 16, "--epochs", 2), np.arange(489)
-    times = fm.train(args, dataset, rows, data.fit_conditions(dataset.particles, args.cond))[1]
-    assert times["step_seconds"] == pytest.approx(6.1)                         # 61 s between steps 50 and 60
+    assert losses(tmp_path / "bf16")[-1] == pytest.approx(losses(tmp_path / "f32")[-1], rel=0.1)
 
 
 HOST = f"""
 import sys
+from pathlib import Path
 sys.path[:0] = [{str(Path(fm.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
-import common, fm, metrics, tiny
+import common, fm, metrics, pytest, tiny
 tiny.shrink()
-metrics.report = lambda *args: None
+tiny.shrink_detectors(pytest.MonkeyPatch(), sys.argv.pop())
+metrics.report = lambda *args, **kwargs: None
 common.run(fm.main)
 """
 
 
-def test_two_hosts(trained, tmp_path):
-    """Each host takes its own half of every batch: the losses are those of one host."""
+def test_two_hosts_take_the_steps_of_one(trained, tmp_path):
+    """Each host takes its own half of every batch."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"ZDC_COORDINATOR": f"localhost:{port}", "ZDC_PROCESSES": "2", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", HOST, *tiny.FLAGS, "--devices", "2", "--run", str(tmp_path)]
+    flags = [*tiny.FLAGS, "--devices", "2", "--run", str(tmp_path), os.environ["ZDC_CACHE"]]
+    command = [sys.executable, "-c", HOST, *flags]
     hosts = [subprocess.Popen(command, env=environment | {"ZDC_PROCESS_ID": str(i)}) for i in range(2)]
     assert [host.wait(timeout=200) for host in hosts] == [0, 0]
     for one, two in zip(losses(trained[0]), losses(tmp_path), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
 
 
-class Cut(Exception):
-    pass
-
-
 def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
-    flags = "--batch-size", 16, "--epochs", 7                                  # 7 x 30 steps, a log line every 50
-    whole = run(dataset, tmp_path / "whole", *flags)
-    log = common.log_line
+    flags = "--batch-size", 16, "--epochs", 7  # 7 x 30 steps, a log line every 50
+    whole = run(dataset, tmp_path / "whole", *flags)[0]
+    log, cut = common.log_line, tmp_path / "cut"
 
-    def cut(folder, record):
+    def stop(folder, record):
         log(folder, record)
-        if record["step"] == 150:                                              # saved last: the state of step 100
-            raise Cut
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(common, "log_line", cut)
-        run(dataset, tmp_path / "cut", *flags)
-    assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] == 100
-    assert [record["step"] for record in common.read_log(tmp_path / "cut")] == [50, 100, 150]
-    resumed = run(dataset, tmp_path / "cut", *flags, "--resume")
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
-    assert_equal_bits(resumed, whole)
-    assert_equal_bits(run(dataset, tmp_path / "cut", *flags, "--resume"), whole)   # nothing is left to do
+        if record["step"] == 150:  # saved last: the state of step 100
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "log_line", stop)
+        run(dataset, cut, *flags)
+    assert common.read_header(cut / "state.eqx")["step"] == 100
+    assert [record["step"] for record in common.read_log(cut)] == [50, 100, 150]
+    assert_equal_bits(run(dataset, cut, *flags, "--resume")[0], whole)
+    assert losses(cut) == losses(tmp_path / "whole") and len(losses(cut)) == 5
+    assert_equal_bits(run(dataset, cut, *flags, "--resume")[0], whole)         # nothing is left to do
 
-    with pytest.raises(UserError, match="state.eqx: --resume needs the flags of the first run; different: lr, ema"):
-        run(dataset, tmp_path / "cut", *flags, "--resume", "--lr", "0.1", "--ema", "0.5")
+    with pytest.raises(UserError, match="--resume needs the flags of the first run; different: lr, ema"):
+        run(dataset, cut, *flags, "--resume", "--lr", "0.1", "--ema", "0.5")
     short = data.Dataset(*(field[:600] for field in dataset))
     with pytest.raises(UserError, match="rows of the data"):
-        run(short, tmp_path / "cut", *flags, "--resume")
-    assert_equal_bits(run(dataset, tmp_path / "cut", *flags, "--resume"), whole)
+        run(short, cut, *flags, "--resume")
+    assert_equal_bits(run(dataset, cut, *flags, "--resume")[0], whole)
 
 
 def test_nan_stops_the_run(dataset, tmp_path, monkeypatch, capsys):
+    """With the step and the last good checkpoint, which holds finite numbers."""
     monkeypatch.setattr(common, "time", tiny.clock())
-    loss = fm.batch_loss
+    serve, served = common.shard_batch, []
 
-    def poisoned(net, counts, c, key, args):
-        value, parts = loss(net, counts, c, key, args)
-        bad = jnp.isnan(c).any()
-        return jnp.where(bad, jnp.nan, value), {name: jnp.where(bad, jnp.nan, part) for name, part in parts.items()}
-    monkeypatch.setattr(fm, "batch_loss", poisoned)
-    batches, served = common.shard_batch, []
-
-    def serve(batch, mesh):
+    def poison(batch, mesh):
         served.append(1)
-        return batches((batch[0], batch[1] * (np.nan if len(served) > 60 else 1)), mesh)
-    monkeypatch.setattr(common, "shard_batch", serve)
+        return serve((batch[0], batch[1] * (np.nan if len(served) > 60 else 1)), mesh)
+    monkeypatch.setattr(common, "shard_batch", poison)
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: run(dataset, tmp_path, "--batch-size", 16, "--epochs", 4))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert error.startswith("error: ") and "step 100" in error and str(tmp_path / "state.eqx") in error
-    _, state = common.load_checkpoint(tmp_path / "state.eqx", like=fresh_state(tmp_path), script="fm")
+    optimiser = common.adamw(common.plan(fm.parse(tiny.FLAGS)), 120)
+    state = common.load_checkpoint(tmp_path / "state.eqx", common.first_state(make(), optimiser))[1]
     assert all(np.isfinite(leaf).all() for leaf in leaves(state))
-    assert [record["step"] for record in common.read_log(tmp_path)] == [50]
 
 
-def fresh_state(folder):
-    args = arguments("--batch-size", 16, "--epochs", 4, "--run", folder)
-    net = fm.make_network(args, 14, KEY)
-    return fm.State(net, net, fm.make_optimiser(args, 120).init(eqx.filter(net, eqx.is_inexact_array)))
-
-
-def test_nan_before_the_first_checkpoint(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(fm, "batch_loss", lambda net, *rest: (net.position.sum(), {"path": jnp.float32(jnp.nan)}))
+def test_nan_before_the_first_checkpoint(dataset, tmp_path):
+    loss = lambda net, *rest, **kwargs: (net.position.sum(), {"path": jnp.float32(jnp.nan)})
     with pytest.raises(UserError, match="loss is nan at step 7, last good checkpoint: none"):
-        run(dataset, tmp_path)
+        run(dataset, tmp_path, loss=loss)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 WRITTEN = {"model.eqx", "metrics.json", "samples.png", "channels.png", "training.png"}
 
@@ -505,8 +381,8 @@ def test_what_a_run_leaves(trained):
     folder, result = trained
     assert {path.name for path in folder.iterdir()} == {"state.eqx", "log.jsonl", *WRITTEN}
     assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
-    assert {"script", "detector", "command", "versions", "device", "rows", "parameters", "train_seconds",
-            "step_seconds", "ms_per_response", "seen", "unseen"} <= result.keys()
+    assert {"script", "detector", "command", "versions", "device", "rows", "parameters", "mflop",
+            "train_seconds", "step_seconds", "ms_per_response", "seen", "unseen"} <= result.keys()
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140}
     for part in ("seen", "unseen"):
         assert set(metrics.SCORES) <= result[part].keys()
@@ -517,45 +393,34 @@ def test_what_a_run_leaves(trained):
 
 
 def test_saved_and_loaded(trained, tmp_path):
+    """The same scores; flags that decided the training, rows, seed and split are the checkpoint's."""
     folder, result = trained
-    weights = folder / "model.eqx"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    again = fm.main([*tiny.FLAGS, "--net", "dense", "--lr", "0.5", "--load", str(weights), "--run", str(tmp_path)])
-    assert (again["seen"], again["unseen"]) == (result["seen"], result["unseen"])
+    weights, before = str(folder / "model.eqx"), {path: path.read_bytes() for path in folder.iterdir()}
+    common.write_json(tmp_path / "model.eqx", "another model")
+    flags = ["--net", "dense", "--lr", "0.5", "--n", "99", "--steps", "2", "--quiet"]
+    again = fm.main([*flags, "--load", weights, "--run", str(tmp_path)])
+    assert all(again[name] == result[name] for name in ("seen", "unseen", "rows"))
     assert again["flags"] == result["flags"] and again["train_seconds"] == result["train_seconds"]
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
-    more = fm.main([*tiny.FLAGS[2:], "--load", str(weights), "--run", str(tmp_path), "--steps", "3"])
-    assert more["seen"]["W"]["value"] != result["seen"]["W"]["value"]
+    assert (tmp_path / "model.eqx").read_text() == '"another model"\n'  # of the run, not of what was scored
 
 
-def test_a_loaded_model_meets_its_own_test_rows(trained, tmp_path):
-    """With the rows, seed and split it was trained with: other ones would score training rows."""
-    folder, result = trained
-    again = fm.main(["--load", str(folder / "model.eqx"), "--steps", "2", "--quiet", "--run", str(tmp_path)])
-    assert again["rows"] == result["rows"] and again["seen"] == result["seen"]
+def test_validation(trained, dataset, tmp_path):
+    """--validate scores validation rows alone."""
+    flags = ["--load", str(trained[0] / "model.eqx"), "--steps", "3", "--validate", "--quiet"]
+    result = fm.main([*flags, "--run", str(tmp_path)])
+    assert result["rows"] == {"train": 489, "validation": 71} and "seen" not in result
+    assert result["validation"]["W"]["value"] > result["validation"]["W"]["oracle"] > 0
+    assert result["evaluations"] == 4
+    assert json.loads((tmp_path / "metrics.json").read_text()) == common.plain(result)
 
 
-def test_scoring_keeps_the_model_of_the_run(trained, tmp_path):
-    common.write_json(tmp_path / "model.eqx", "another model")
-    fm.main([*tiny.FLAGS, "--load", str(trained[0] / "model.eqx"), "--run", str(tmp_path)])
-    assert (tmp_path / "model.eqx").read_text() == '"another model"\n'
-
-
-def random_network(make_network, *args):
-    """A network of the right shapes, with weights from NumPy."""
-    shapes, rng = eqx.filter_eval_shape(make_network, *args), np.random.default_rng(0)
-    array = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
-    return jax.tree.map(lambda leaf: array(leaf) if hasattr(leaf, "dtype") else leaf, shapes)
-
-
-# Every network, way to counts, solver and detector; all of their combinations are traced above.
 @pytest.mark.parametrize("flags", [
-    "zp --net paper --counts sample --solver euler --n 60 --batch-size 16",
-    "zn --net compact --counts floor --solver midpoint", "zp --net dense --counts round --solver rk4",
-    "zp --net tiny --split particles --schedule cosine", "zn --net tiny --cond raw --precision bf16 --counts round"])
-def test_every_kind_of_run(flags, tmp_path, monkeypatch):
-    if "paper" in flags:                                                       # its start takes long to compile
-        monkeypatch.setattr(fm, "make_network", partial(random_network, fm.make_network))
+    "zp --net compact --counts floor --solver midpoint", "zn --net dense --counts round --solver euler",
+    "zp --net tiny --split particles --schedule cosine",
+    "zn --net tiny --cond raw --precision bf16 --counts round"])
+def test_every_kind_of_run(flags, tmp_path):
+    """Every way to counts, solver, split and detector; all combinations are traced above."""
     result = fm.main([*tiny.FLAGS, "--steps", "1", "--run", str(tmp_path), "--detector", *flags.split()])
     part = "unseen" if "particles" in flags else "seen"
     assert result[part]["W"]["value"] > 0 and result[part]["W"]["oracle"] > 0
@@ -581,47 +446,16 @@ def test_own_data(kind, dataset, tmp_path):
         np.savez(path / "data_nonrandom_particles.npz", np.column_stack([dataset.particles, dataset.pdg]))
     result = fm.main([*tiny.FLAGS, "--data", str(path), "--run", str(tmp_path / "run")])
     assert result["rows"] == {"train": 489, "seen": 140} and result["unseen"] is None
-    assert result["seen"]["W"]["R"] is None and "oracle" not in result["seen"]["W"] and result["seen"]["W"]["value"] > 0
+    w = result["seen"]["W"]
+    assert w["R"] is None and "oracle" not in w and w["value"] > 0
     assert losses(tmp_path / "run")[-1]["step"] == 7
 
 
-@pytest.mark.parametrize("oracle", [True, False])
-def test_sweep(oracle, dataset, tmp_path):
-    def case(steps):
-        return {"steps": steps, "evaluations": 4 * steps}, lambda particles, seed: np.full((len(particles), 44, 44), steps, np.uint16)
-    args = arguments("--run", tmp_path, *([] if oracle else ["--data", "own.h5"]))
-    result = metrics.sweep(args, map(case, (1, 4, 32)), dataset, np.arange(50))
-    assert [point["steps"] for point in result["points"]] == [1, 4, 32] and result["script"] == "fm"
-    for point in result["points"]:
-        truth = metrics.channels(dataset.responses[:50])
-        assert point["evaluations"] == 4 * point["steps"] and ("oracle" in point) == oracle
-        assert point["W"] == metrics.wasserstein(truth, metrics.channels(np.full((50, 44, 44), point["steps"])))
-    assert json.loads((tmp_path / "sweep.json").read_text()) == common.plain(result)
-    assert (tmp_path / "sweep.png").exists()
-
-
-def test_a_loaded_model_is_only_swept(trained, tmp_path, monkeypatch):
-    swept, flags = [], ["--load", str(trained[0] / "model.eqx"), "--sweep", "--run", str(tmp_path / "run")]
-    monkeypatch.setattr(metrics, "sweep", lambda args, cases, dataset, rows: swept.append((cases, rows)) or "points")
-    assert fm.main([*tiny.FLAGS, *flags, "--solver", "rk4"]) == "points"
-    [(cases, rows)] = swept
-    assert [tuple(entry.values()) for entry, _ in cases] == [(steps, 4 * steps + 1) for steps in (1, 2, 4, 8, 11, 16, 32)]
-    np.testing.assert_array_equal(rows, data.split_rows(700, 0)[1])            # the validation rows
-    assert not (tmp_path / "run").exists()
-
-
-def test_compare(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fm, "NETWORKS", {"tiny": fm.NETWORKS["tiny"]})
-    result = fm.main(["--compare", "--batch-size", "4", "--steps", "2", "--run", str(tmp_path)])
-    assert [row["net"] for row in result["networks"]] == ["tiny"] and len(capsys.readouterr().out.splitlines()) == 2
-    assert json.loads((tmp_path / "compare.json").read_text()) == common.plain(result)
-
-
-# ---------------------------------------------------------------------------------------------------------- generating
+# ------------------------------------------------------------------------------------------------- generating
 
 @pytest.fixture
 def job(trained, dataset, tmp_path):
-    """generate(name of the list, ...) -> the written file as a dict of arrays; 300 particles in each kind of list."""
+    """generate(kind of list, ...) -> the written file as a dict of arrays, of 300 particles."""
     particles, pdg = dataset.particles[:300], dataset.pdg[:300]
     with h5py.File(tmp_path / "list.h5", "w") as file:
         file["particles"], file["pdg"] = particles, pdg
@@ -639,13 +473,14 @@ def job(trained, dataset, tmp_path):
         with h5py.File(out) as file:
             assert dict(file.attrs) == {"detector": "zn", "script": "fm", "checkpoint": model}
             return {name: file[name][:] for name in file}
-    return SimpleNamespace(generate=generate, out=tmp_path / "out.h5", particles=particles, pdg=pdg, folder=tmp_path)
+    return SimpleNamespace(generate=generate, out=tmp_path / "out.h5", particles=particles, pdg=pdg,
+                           folder=tmp_path)
 
 
 def test_generated_files(job):
     found = {kind: job.generate(kind) for kind in ("h5", "npz", "csv")}
     for arrays in found.values():
-        assert arrays["responses"].dtype == np.uint16 and arrays["responses"].shape == (300, 44, 44)
+        assert arrays["responses"].dtype == np.uint16 and arrays["responses"].shape == (300, 12, 12)
         np.testing.assert_array_equal(arrays["channels"], metrics.channels(arrays["responses"]))
         np.testing.assert_array_equal(arrays["particles"], job.particles)
         np.testing.assert_array_equal(arrays["pdg"], job.pdg)
@@ -656,16 +491,16 @@ def test_generated_files(job):
 
 
 def test_generating_streams(job, monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 4)
+    monkeypatch.setattr(common, "BLOCK", 4)
     sizes, channels = [], metrics.channels
-    monkeypatch.setattr(metrics, "channels", lambda responses: sizes.append(len(responses)) or channels(responses))
+    monkeypatch.setattr(metrics, "channels", lambda counts: sizes.append(len(counts)) or channels(counts))
     assert len(job.generate()["responses"]) == 300 and sizes == [128, 128, 44]
 
 
 @pytest.mark.parametrize("existing", [None, b"an old file"])
 @pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
 def test_nothing_half_written(job, monkeypatch, existing, error):
-    monkeypatch.setattr(metrics, "BLOCK", 4)
+    monkeypatch.setattr(common, "BLOCK", 4)
     if existing:
         job.out.write_bytes(existing)
     before, calls, channels = {path.name for path in job.folder.iterdir()}, [], metrics.channels
@@ -678,4 +513,5 @@ def test_nothing_half_written(job, monkeypatch, existing, error):
     monkeypatch.setattr(metrics, "channels", fail)
     with pytest.raises((UserError, KeyboardInterrupt)):
         job.generate()
-    assert {path.name for path in job.folder.iterdir()} == before and (not existing or job.out.read_bytes() == existing)
+    assert {path.name for path in job.folder.iterdir()} == before
+    assert not existing or job.out.read_bytes() == existing

@@ -1,5 +1,7 @@
-"""Makes the runs of tests small: a tiny network, one generation, one timing, a token classifier, pictures that are not drawn (those of
-test_common.py and test_data.py are)."""
+"""Small runs for tests: a tiny network, small detectors, one generation, one timing, a token classifier.
+
+Pictures are not drawn (those of test_common.py are).
+"""
 import itertools
 import time
 from functools import partial
@@ -14,8 +16,11 @@ import common
 import data
 import fm
 import metrics
+import plots
+import simulator
 
 FLAGS = ["--net", "tiny", "--n", "700", "--epochs", "1", "--batch-size", "64", "--steps", "2", "--quiet"]
+SHAPES = {"zn": (12, 12), "zp": (14, 10)}
 
 
 def shrink(put=setattr):
@@ -23,21 +28,30 @@ def shrink(put=setattr):
     small = partial(fm.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
     put(fm, "NETWORKS", fm.NETWORKS | {"tiny": small})
     time_sampler = common.time_sampler
-    put(common, "time_sampler", lambda sample, sizes: time_sampler(sample, (64,) if len(sizes) > 1 else sizes, repeats=1))
-    put(common, "_save_figure", lambda path, figure: path.write_bytes(b"a picture"))
+
+    def time_one_size(draw, width, sizes):
+        return time_sampler(draw, width, (64,) if len(sizes) > 1 else sizes, repeats=1)
+    put(common, "time_sampler", time_one_size)
+    put(common, "BLOCK", 64)
+    put(plots, "_save_figure", lambda path, figure: path.write_bytes(b"a picture"))
     put(metrics, "GENERATIONS", 1)
-    put(metrics, "BLOCK", 64)
     put(metrics, "CLASSIFIER", metrics.CLASSIFIER | dict(rows=60, epochs=1, batch=20, trainings=1))
 
 
 def shrink_detectors(patch, folder):
-    """Detectors of 144 and 140 fibres, for runs that take their time with each; their data lie in `folder`."""
+    """Detectors of 144 and 140 fibres, for runs that take time for each; their data lie in `folder`."""
     patch.setenv("ZDC_CACHE", str(folder))
-    patch.setattr(data, "DETECTORS", {name: data.DETECTORS[name]._replace(shape=shape) for name, shape in (("zn", (12, 12)), ("zp", (14, 10)))})
+    for name, shape in SHAPES.items():
+        patch.setitem(simulator.DETECTORS, name, simulator.DETECTORS[name]._replace(shape=shape))
+
+
+def save(path, dataset, **attributes):
+    """Write a data.Dataset as HDF5."""
+    data.save_blocks(path, len(dataset.pdg), [dataset._asdict()], **attributes)
 
 
 def clock(pause=0.0):
-    """Stands in for the module time in common.py: 61 s pass between two looks at it, so that every log line saves."""
+    """Replaces the module time in common.py: 61 s pass between two looks, so that every log line saves."""
     ticks = itertools.count(0, 61)
 
     def perf_counter():
@@ -47,14 +61,17 @@ def clock(pause=0.0):
 
 
 def assert_resume_is_as_uninterrupted(run, folder, monkeypatch, stages=(None,)):
-    """`run(*flags)` trains past step 12 and returns its network: the same whole, and cut off there and continued. `stages` are the
-    folders of the run in which it is cut off, one after the other."""
+    """A training that is cut off and resumed gives the network of one that is not.
+
+    `run(*flags)` trains past step 12 and returns its network. `stages` are the folders of the run in which it
+    is cut off, one after the other.
+    """
     monkeypatch.setattr(common, "LOGGED", 4)
     whole, log = run("--run", folder / "whole"), common.log_line
     for stage in stages:
         def cut(path, record):
             log(path, record)
-            if record["step"] == 12 and stage in (None, path.name):            # saved last: the state of step 8
+            if record["step"] == 12 and stage in (None, path.name):  # saved last: the state of step 8
                 raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(common, "log_line", cut)

@@ -1,0 +1,1 @@
+"""Commands of all tables, check of the simulator, and the documents that show both."""

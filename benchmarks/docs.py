@@ -1,0 +1,336 @@
+"""Tables and numbers of README.md, docs/RESULTS.md and docs/DATA.md, from weights/*.json and
+benchmarks/results/.
+
+    python -m benchmarks.docs              write them into the documents
+    python -m benchmarks.docs --check      exit code 1 if a document is not up to date
+
+A table stands between the markers `<!-- name -->` and `<!-- /name -->`, a number of the text behind the
+marker `<!-- {path:format} -->` and before `<!-- / -->`: {fm_zn.seen.W.R:.2f} is a number of
+weights/fm-zn.json, {counts_zn[sample].seen.W.R:.2f} one of the row "sample" of
+benchmarks/results/counts-zn.json.
+"""
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+from benchmarks import tables
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = "README.md", "docs/RESULTS.md", "docs/DATA.md"
+DETECTORS = "zn", "zp"
+
+
+# ---------------------------------------------------------------------------------------------------- columns
+# A table is {head of a column: function(row) -> text}; a row is what metrics.json or a collected table holds.
+
+def at(path, form=".2f", scale=1):
+    """The column of the numbers at a path such as "seen.W.R"; "-" where a row has none."""
+    def text(row):
+        for key in path.split("."):
+            row = (row or {}).get(key)
+        return "-" if row is None else f"{scale * row:{form}}"
+    return text
+
+
+def beside(path, form=".2f", reference="oracle"):
+    """The column of a score beside its oracle: "16.51 (17.18)"."""
+    value, other = at(f"{path}.value", form), at(f"{path}.{reference}", form)
+    return lambda row: "-" if value(row) == "-" else f"{value(row)} ({other(row)})"
+
+
+def key(name):
+    """The column of a text."""
+    return lambda row: str(row[name])
+
+
+def markdown(columns, rows):
+    """A table as text, without columns that are empty in all rows."""
+    rows = list(rows)
+    texts = {head: [text(row) for row in rows] for head, text in columns.items()}
+    filled = {head: column for head, column in texts.items() if set(column) != {"-"}}
+    lines = [filled, ["---"] * len(filled), *zip(*filled.values())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+MODEL = {"model": key("label"), "detector": key("detector")}
+MS, MINUTES = at("ms_per_response.256", ".3f"), at("train_seconds", ".1f", 1 / 60)
+PUBLISHED = {"published W": at("published.W"), "published MAE": at("published.MAE")}
+TEST = {"W": at("seen.W.value"), "R": at("seen.W.R"), "MAE": at("seen.MAE.value"),
+        "RMSE": at("seen.RMSE.value")}
+AUC = {"AUC low": at("seen.AUC_low.value", ".3f"), "AUC high": at("seen.AUC_high.value", ".3f")}
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+def load(root, folder, names):
+    """The JSON files of those names, for both detectors, where they exist."""
+    paths = [root / folder / f"{name}-{detector}.json" for name in names for detector in DETECTORS]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [result | {"detector": result["detector"].upper()} for result in found]
+
+
+def source(result):
+    """The line below a table: detector, rows, oracle, device, version and command."""
+    rows, first = result["rows"], result["rows"][0]
+    counted = [part for part in ("seen", "validation") if part in first and part in first["rows"]]
+    scores = first.get("seen") or first.get("validation") or {}
+    oracle = {name: scores.get(name, {}).get("oracle") for name in ("W", "MAE")}
+    parts = [result["detector"]]
+    parts += [f"{first['rows'][part]} {part.replace('seen', 'test')} rows" for part in counted]
+    parts += [f"oracle {name} {value:.2f}" for name, value in oracle.items() if value]
+    parts += sorted({row.get("device") or result["device"] for row in rows})
+    parts += [f"version {version}" for version in sorted({row["measured_with"] for row in rows})]
+    command = f"python -m benchmarks.tables {result['table']} --detector {result['detector'].lower()}"
+    return f"\n{'; '.join(parts)}; `{command}`\n"
+
+
+def tabled(root, *names, columns, rows=lambda result: result["rows"]):
+    """Collected tables with the same columns, one for each name and detector, each with its source."""
+    found = load(root, tables.RESULTS, names)
+    return "\n".join(markdown(columns, rows(result)) + source(result) for result in found)
+
+
+# ----------------------------------------------------------------------------------------- models of weights/
+
+def trained(root):
+    """The rows of weights/ and of the table `variants`, with the commands that repeat them."""
+    for row in load(root, "weights", tables.MODELS):
+        detector, label = row["detector"].lower(), row["script"]
+        whole = tables.commands("results", tables.tables(detector)["results"], detector)
+        yield row | {"label": label, "command": whole[label], "measured_with": row["versions"]["zdc"]}
+    for result in load(root, tables.RESULTS, ["variants"]):
+        yield from (row | {"detector": result["detector"]} for row in result["rows"])
+
+
+def models(root, columns, choose=lambda row: True):
+    """A table of the trained models that `choose` picks."""
+    return markdown(MODEL | columns, filter(choose, trained(root)))
+
+
+in_weights = lambda row: "script" in row
+
+SUMMARY = {"W": at("seen.W.value"), "oracle": at("seen.W.oracle"), "R, seen particles": at("seen.W.R"),
+           "R, unseen": at("unseen.W.R"), **AUC, "ms per response, batch 256": MS,
+           "batch 1": at("ms_per_response.1"), "training, min": MINUTES}
+COMMANDS = {"measured with": lambda row: f"{row['device']}, version {row['measured_with']}",
+            "command": lambda row: f"`{row['command']}`"}
+TIMES = {f"batch {size}": at(f"ms_per_response.{size}", ".3f") for size in common.BATCHES}
+RECONSTRUCTIONS = {name: at(f"reconstruction.{name}") for name in ("W", "oracle", "R", "MAE")} | {
+    "test rows": at("rows.seen", "d"), "whole model: W": at("seen.W.value"), "whole model: R": at("seen.W.R"),
+    "whole model: MAE (oracle)": beside("seen.MAE")}
+
+
+def scored(part):
+    """W with its spread, oracle and R; MAE; AUC; lit fibres."""
+    value, spread = at(f"{part}.W.value"), at(f"{part}.W.spread")
+    return {"W": lambda row: f"{value(row)} ± {spread(row)}", "oracle": at(f"{part}.W.oracle"),
+            "R": at(f"{part}.W.R"), "MAE (oracle)": beside(f"{part}.MAE"),
+            "AUC low": at(f"{part}.AUC_low.value", ".3f"), "AUC high": at(f"{part}.AUC_high.value", ".3f"),
+            "lit % (real)": beside(f"{part}.marginals.lit_percent", reference="real")}
+
+
+PARTS = {"particles": key("particles"), "test rows": key("test rows"), **scored("scores")}
+SCORES = MODEL | PARTS | {"ms per response": MS, "parameters": key("parameters"), "training, min": MINUTES}
+
+
+def parts(root, columns, choose=lambda row: True):
+    """A row for the seen and one for the unseen particles of the trained models that `choose` picks."""
+    rows = [row | {"particles": part, "scores": row[part], "test rows": row["rows"][part]}
+            for row in filter(choose, trained(root)) for part in ("seen", "unseen") if row.get(part)]
+    return markdown(columns, rows)
+
+
+# ----------------------------------------------------------------------------------------- tables of commands
+
+COUNTS = {"--counts": key("label"), **scored("seen"),
+          "singles, % of lit (real)": beside("seen.marginals.single_percent", ".1f", "real"),
+          "evaluations": key("evaluations"), "training, min": MINUTES}
+AUTOENCODERS = {"encoder and decoder, latent": key("label"), **PUBLISHED, **TEST, "ms per response": MS,
+                "parameters": key("parameters"), "training, min": MINUTES}
+DISPERSION = {f"dispersion{kind.replace('_', ', ')} (oracle)": beside(f"seen.dispersion{kind}", ".3f")
+              for kind in ("", "_gamma", "_n", "_p", "_Lambda")}           # of all, in version 0.1.0 by type
+ADVERSARIES = {"model": key("label"), **PUBLISHED, **TEST, **AUC, **DISPERSION, "factor": at("factor"),
+               "training, min": MINUTES}
+STEPS = {"flags": key("label"), "evaluations": key("evaluations"), "W": at("validation.W.value"),
+         "R": at("validation.W.R"), "MAE": at("validation.MAE.value"), "ms per response": MS}
+
+
+CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
+STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
+            "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}
+
+
+def students(result):
+    """Rows for the predicted photon sums and, where they were scored, for the true ones."""
+    return [row | {"scores": row[part], "sums": sums} for row in result["rows"]
+            for part, sums in (("true_sums", "true"), ("seen", "predicted")) if part in row]
+
+
+def passes(result):
+    """The rows that draw from the prior itself."""
+    return [row for row in result["rows"] if "temperature 1, top-k 0" in row["label"]]
+
+
+TEMPERATURES = {"top-k": key("top-k")}
+TEMPERATURES |= {f"temperature {t}": at(f"{100 * t:.0f}") for t in tables.TEMPERATURES}
+
+
+def temperatures(result):
+    """A row of W for each top-k, of the masked prior at eight passes."""
+    rows = {k: {"top-k": k or "all"} for k in tables.TOP_KS}
+    for row in result["rows"]:
+        flags = tables.flags_of(row["command"])
+        if flags.get("steps", "8") == "8":
+            column = f"{100 * float(flags['temperature']):.0f}"
+            rows[int(flags["top-k"])][column] = row["validation"]["W"]["value"]
+    return list(rows.values())
+
+
+# --------------------------------------------------------------------------------- comparisons in one process
+
+NETWORKS = {"--net": key("label"), "parameters": key("parameters"), "MFLOP": at("mflop", ".1f"),
+            "training step, s": at("step_seconds", ".3f"), "step, times faster": at("step", ".0f"),
+            "evaluations": key("evaluations"), "ms per response": MS,
+            "response, times faster": at("draw", ".0f")}
+
+
+def networks(result):
+    """How many times faster than the first network they are."""
+    rows, draw = result["rows"], lambda row: row["ms_per_response"]["256"]
+    step = rows[0]["step_seconds"]
+    return [row | {"step": step / row["step_seconds"], "draw": draw(rows[0]) / draw(row)} for row in rows]
+
+
+TOKENS = {"tokens, prior, precision, batch": key("label"), "parameters": key("parameters"),
+          "MFLOP": at("mflop", ".0f"), "ms per response": at("ms", ".3f"),
+          "against the row above, %": at("change", "+.0f", 100),
+          "published ms on a GPU": at("published.ms_per_response")}
+
+
+def tokens(result):
+    """The change of the time from row to row."""
+    times = [list(row["ms_per_response"].values())[0] for row in result["rows"]]
+    return [row | {"ms": now, "change": before and now / before - 1}
+            for row, now, before in zip(result["rows"], times, [None, *times])]
+
+
+FLOWS = {"flow": key("flow"), "photon sums": key("sums"),
+         **{name: at(name) for name in ("W", "R", *CONDITIONAL)},
+         "ms per response": at("ms", ".3f"), "times faster than naive": at("ratio", ".0f")}
+LIKELIHOODS = {"detector": key("detector"), "bits per fibre of the teacher": at("bits_per_fibre", ".4f"),
+               "ms per response, naive teacher": at("speed.ms.naive", ".0f"),
+               "photon sums alone: W": at("sums.W"), "oracle W": at("sums.oracle_W"),
+               "MAE": at("sums.MAE"), "oracle MAE": at("sums.oracle_MAE")}
+REMOVALS = {"detector": key("detector"), "flow": key("flow"), "--removal": key("removal"),
+            "published W": at("paper_W"), "W": at("W"), "lit %": at("lit", ".2f", 100),
+            "real": at("real_lit", ".2f", 100)}
+
+
+def flows(result):
+    """Both flows and the time of their samplers."""
+    samplers, speed = {"teacher": "incremental", "student": "student"}, result["speed"]
+    return [row | {name: speed[name].get(samplers.get(row["flow"])) for name in ("ms", "ratio")}
+            for row in result["rows"]]
+
+
+def removals(root):
+    """The ways to remove the noise of the dequantisation, on validation rows."""
+    found = load(root, tables.RESULTS, ["flows"])
+    return markdown(REMOVALS, [result | row for result in found for row in result["removals"]])
+
+
+# --------------------------------------------------------------------------------------------------- the data
+
+CHECK = {"row": key("label"), "published": at("published", ".4g"), "ours": at("ours", ".4g"),
+         "band": key("band"), "": lambda row: {True: "in", False: "**out**", None: "not run"}[row["in"]]}
+CHANNELS = {"model": key("label"), "published W": at("published"), "W": at("seen.W.value"),
+            "R": at("seen.W.R"), "MAE": at("seen.MAE.value"), "W, unseen particles": at("unseen.W.value"),
+            "R, unseen": at("unseen.W.R"), "fit, s": at("fit_seconds", ".0f")}
+
+
+def check(root):
+    """The simulator beside the published statistics."""
+    return "\n".join(f"**{result['detector']}**\n\n{markdown(CHECK, result['rows'])}"
+                     for result in load(root, tables.RESULTS, ["check"]))
+
+
+# -------------------------------------------------------------------------------------------------- documents
+
+TABLES = {
+    "results": partial(models, columns=SUMMARY, choose=in_weights),
+    "expected": partial(parts, columns=PARTS, choose=lambda row: row["label"] == "fm, default flags"),
+    "scores": partial(parts, columns=SCORES),
+    "commands": partial(models, columns=COMMANDS),
+    "times": partial(models, columns=TIMES, choose=in_weights),
+    "reconstructions": partial(models, columns=RECONSTRUCTIONS, choose=lambda row: "reconstruction" in row),
+    "counts": lambda root: tabled(root, "counts", columns=COUNTS),
+    "autoencoders": lambda root: tabled(root, "autoencoders", columns=AUTOENCODERS),
+    "adversaries": lambda root: tabled(root, "adversaries", columns=ADVERSARIES),
+    "stabilisers": lambda root: tabled(root, "stabilisers", columns=ADVERSARIES),
+    "students": lambda root: tabled(root, "students", columns=STUDENTS, rows=students),
+    "steps": lambda root: tabled(root, "fm-sweep", "latent_fm-sweep", "diffusion-sweep", columns=STEPS),
+    "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=passes),
+    "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
+    "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
+    "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
+    "tokens": lambda root: tabled(root, "tokens", columns=TOKENS, rows=tokens),
+    "flows": lambda root: tabled(root, "flows", columns=FLOWS, rows=flows),
+    "likelihoods": lambda root: markdown(LIKELIHOODS, load(root, tables.RESULTS, ["flows"])),
+    "removals": removals,
+    "check": check,
+    "channels": lambda root: tabled(root, "channels", columns=CHANNELS, rows=lambda result: [
+        model | {"label": name} for name, model in result["rows"][0]["models"].items()])}
+
+
+class Rows(SimpleNamespace):
+    """A JSON file; the rows of a collected table are found by their labels."""
+
+    def __getitem__(self, label):
+        return next(row for row in self.rows if row.label == label)
+
+
+def values(root):
+    """{"fm_zn": ..., "counts_zn": ...}: what the numbers of the text are taken from."""
+    found = {}
+    for path in [*root.glob("weights/*.json"), *root.glob("benchmarks/results/*.json")]:
+        loaded = json.loads(path.read_text(), object_hook=lambda entry: SimpleNamespace(**entry))
+        found[path.stem.replace("-", "_")] = Rows(**vars(loaded))
+    return found
+
+
+def filled(text, root):
+    """The text of a document with its tables and numbers from the json files of `root`."""
+    known = values(root)
+
+    def table(match):
+        if match[1] not in TABLES:
+            raise common.UserError(f"no table is called {match[1]}, expected {', '.join(TABLES)}")
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]](root)}<!-- /{match[1]} -->"
+
+    value = lambda match: f"<!-- {match[1]} -->{match[1].format(**known)}<!-- / -->"
+    text = re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\{.*?\}) -->.*?<!-- / -->", value, text)
+
+
+def main(argv=None, root=ROOT):
+    """Write the documents, or check them."""
+    parser = common.parser(__doc__, "docs", flags=())
+    parser.add_argument("--check", action="store_true", help="name the documents that are not up to date")
+    args, stale = parser.parse_args(argv), []
+    for name in DOCUMENTS:
+        text = (root / name).read_text()
+        if (new := filled(text, root)) != text:
+            stale.append(name)
+            if not args.check:
+                with common.write_atomic(root / name) as temporary:
+                    temporary.write_text(new)
+    if args.check and stale:
+        sys.exit(f"not up to date: {', '.join(stale)}; python -m benchmarks.docs writes them")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,393 @@
+"""The tables of docs/RESULTS.md. A table is a list of commands of the scripts, one for each row.
+
+    python -m benchmarks.tables                           list the tables and their commands
+    python -m benchmarks.tables counts --detector zn      run a table, row by row
+
+A row whose run folder holds the metrics.json of the same command is not run again, one that was cut off is
+resumed, and one that fails is reported at the end. After each row its scores are collected in
+benchmarks/results/TABLE-DETECTOR.json, beside the figures published for GEANT data. `results` trains the
+models of weights/: copy model.eqx and metrics.json of a run folder there to publish them.
+
+Comparisons of costs need one process, in which all take turns: `networks`, `tokens` and `flows` are
+functions.
+"""
+import itertools
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+
+import common
+import data
+import fm
+import iaf
+import metrics
+import vqgan
+from simulator import DETECTORS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results"
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+MODELS = "fm", "latent_fm", "diffusion", "vae", "gan", "vqgan", "iaf"
+TRAINED = {"zn": {"fm": "fm.py --n 306780 --epochs 14",
+                  "latent_fm": "latent_fm.py --n 306780 --epochs 6 --flow-epochs 30"},
+           "zp": {"fm": "fm.py --n 129676 --epochs 40",
+                  "latent_fm": "latent_fm.py --n 129676 --epochs 14 --flow-epochs 80",
+                  "iaf": "iaf.py --n 40000 --epochs 4"}}   # the others with their default flags
+ADVERSARIES = {"GAN": "", "GAN, post": "--post", "GAN + l2": "--l2 1", "GAN + l2, post": "--l2 1 --post",
+               "SDI-GAN": "--sdi 0.1", "SDI-GAN, post": "--sdi 0.1 --post"}
+STABILISERS = {"all": "", "plain loss": "--loss plain", "no penalty": "--penalty 0",
+               "no warm start": "--warm 0", "no anchor": "--anchor 0", "one rate": "--critic-lr 1",
+               "no average": "--ema 0"}
+STUDENTS = {"base": "--channel-loss 0 --light-loss 0", "channel": "--no-diversity --light-loss 0",
+            "channel and diversity": "--light-loss 0",                     # so far [IAF, Table 1]
+            "channel, diversity and light": ""}
+SOLVERS = {"--solver ddim --eta 0.7": (5, 10, 25, 50, 100, 250, 800),      # [Comparison, Fig. 7]
+           "--solver ddim --eta 0": (5, 10, 14, 25, 50), "--solver dpm": (5, 10, 14, 25, 50)}
+SOLVERS |= {f"--solver ddim --eta {eta}": (50,) for eta in (0.3, 0.5, 0.85, 1)}
+TEMPERATURES, TOP_KS = (0.8, 0.9, 1, 1.1, 1.2, 1.4), (4, 16, 64, 0)        # [Poster, Fig. 7]; 0: all tokens
+
+# W, MAE and RMSE on GEANT data of ZN; two did not converge there [Comparison, Tables 2 to 4 and 6]
+PUBLISHED = {
+    "autoencoders": {
+        "cnn, vae": (11.52, 17.76, 50.38), "cnn, supervised": (23.71, 31.90, 72.32),
+        "cnn, noise-l2": (37.56, 39.32, 92.28), "cnn, noise-sinkhorn": (26.53, 29.07, 66.16),
+        "vit, vae": (11.90, 18.05, 49.48), "vit, supervised": (20.43, 30.60, 74.64),
+        "vit, noise-l2": (11.19, 15.47, 43.49), "vit, noise-sinkhorn": (11.34, 15.88, 44.17),
+        "mixer, vae": (12.22, 18.00, 49.51), "mixer, supervised": (17.08, 26.90, 104.83),
+        "mixer, noise-l2": (), "mixer, noise-sinkhorn": ()},
+    "adversaries": {
+        "GAN": (7.09, 25.65, 104.60), "GAN, post": (5.70, 24.71, 100.98),
+        "GAN + l2": (6.44, 27.37, 109.24), "GAN + l2, post": (6.07, 26.78, 107.07),
+        "SDI-GAN": (6.57, 27.01, 107.82), "SDI-GAN, post": (6.36, 26.58, 105.94)}}
+
+
+def tables(detector):
+    """{table: {label: command}} of a detector."""
+    weights, dpm = f"weights/{{}}-{detector}.eqx", "--solver dpm --steps 14"
+    vae, gan = "vae.py --arch {} --variant {} --epochs 3", "gan.py --n 20000"
+    plain = "--temperature 1 --top-k 0"
+    gpt = f"runs/tables/vqgan-gpt-sweep-{detector}/temperature-1-top-k-0/model.eqx"
+    solvers = [f"{solver} --steps {n}" for solver, steps in SOLVERS.items() for n in steps]
+    tokens = [f"--temperature {t} --top-k {k}" for k in TOP_KS for t in TEMPERATURES]
+    passes = [f"--steps {n} {plain}" for n in (4, 6, 8, 12, 16, 32)]
+    return {
+        "results": {model: f"{model}.py" for model in MODELS} | TRAINED[detector],
+        "variants": {"fm, default flags": "fm.py",
+                     "diffusion, 14 steps of dpm": f"diffusion.py --load {weights.format('diffusion')} {dpm}",
+                     "diffusion, all rows": f"diffusion.py --n {data.ROWS[detector]} --epochs 6 {dpm}",
+                     "latent_fm, published network": "latent_fm.py --net paper --epochs 5 --flow-epochs 10"},
+        "counts": {how: f"fm.py --n 20000 --counts {how}" for how in ("round", "floor", "sample")},
+        "autoencoders": {label: vae.format(*label.split(", ")) for label in PUBLISHED["autoencoders"]},
+        "adversaries": {label: f"gan.py --epochs 3 {flags}" for label, flags in ADVERSARIES.items()},
+        "stabilisers": {label: f"{gan} --epochs 2 {flags}" for label, flags in STABILISERS.items()},
+        "students": {label: f"iaf.py --student-epochs 1 {flags}" for label, flags in STUDENTS.items()},
+        "channels": {"direct estimates": "channels.py"},
+        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 8, 11, 16, 32)]),
+        "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
+        "diffusion-sweep": sweep("diffusion", weights, solvers),
+        "vqgan-sweep": sweep("vqgan", weights, passes + [f"--steps 8 {flags}" for flags in tokens]),
+        # the first row trains the transformer
+        "vqgan-gpt-sweep": {label_of(plain): f"vqgan.py --prior gpt {plain} --validate"}
+        | sweep("vqgan", gpt, [flags for flags in tokens if flags != plain])}
+
+
+def sweep(script, load, cases):
+    """The sampler of a trained model with other flags, scored on validation rows."""
+    load = load.format(script)
+    return {label_of(flags): f"{script}.py --load {load} {flags} --validate" for flags in cases}
+
+
+def label_of(flags):
+    """The flags as a label: "--solver ddim --steps 5" -> "ddim, steps 5"."""
+    return flags.removeprefix("--solver ").removeprefix("--").replace(" --", ", ")
+
+
+def commands(name, rows, detector):
+    """{label: the whole command}, each with a run folder of its own."""
+
+    def whole(label, command):
+        script, *flags = shlex.split(command)
+        slug = re.sub(r"[^a-z0-9_.]+", "-", label.lower()).strip("-")
+        run = f"runs/{label}-{detector}" if name == "results" else f"runs/tables/{name}-{detector}/{slug}"
+        return shlex.join(["python", script, "--detector", detector, *flags, "--run", run])
+
+    return {label: whole(label, command) for label, command in rows.items()}
+
+
+# ------------------------------------------------------------------------------------- running and collecting
+
+def read(path):
+    """The JSON of a file, None without one."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def flags_of(command):
+    """{"steps": "8", ...}: the flags of a command and the words after them."""
+    words = shlex.split(command)
+    return {name[2:]: value for name, value in zip(words, words[1:]) if name.startswith("--")}
+
+
+def run_row(command, root):
+    """metrics.json of a command that is run in the folder `root`, unless it was before; None if it fails."""
+    folder = root / flags_of(command)["run"]
+
+    def done():
+        result = read(folder / "metrics.json")
+        return result if result and result["command"].removesuffix(" --resume") == command else None
+
+    if result := done():
+        return result
+    cut_off = not (folder / "metrics.json").exists() and any(folder.rglob("state.eqx"))
+    words = shlex.split(command)[1:] + ["--resume"] * cut_off
+    print(shlex.join(["python", *words]), flush=True)
+    code = subprocess.run([sys.executable, *words], cwd=root).returncode
+    return done() if code == 0 else None
+
+
+KEPT = ("device", "rows", "parameters", "mflop", "evaluations", "train_seconds", "step_seconds",
+        "ms_per_response", "reconstruction", "factor", "validation", "models")
+
+
+def collected(label, command, result):
+    """A row of a table from what metrics.json holds."""
+    row = {"label": label, "command": command, "measured_with": result["versions"]["zdc"]}
+    row |= {name: result[name] for name in KEPT if name in result}
+    for part in ("seen", "unseen"):
+        if result.get(part):
+            names = [name for name in (*metrics.SCORES, "marginals") if name in result[part]]
+            row[part] = {name: result[part][name] for name in names}
+    return row
+
+
+def write(name, detector, root, **found):
+    """Write benchmarks/results/NAME-DETECTOR.json."""
+    common.write_json(root / RESULTS / f"{name}-{detector}.json", {
+        "table": name, "detector": detector,
+        "device": common.device_name(), "versions": common.versions(), **found})
+
+
+def run_table(name, rows, detector, root=ROOT):
+    """Run or resume the rows {label: command}, one by one, and collect them; returns the labels of those that
+    failed. A row of the present file stays until it is measured again, unless its command has changed."""
+    whole, failed = commands(name, rows, detector), []
+    old = (read(root / RESULTS / f"{name}-{detector}.json") or {"rows": []})["rows"]
+    found = {row["label"]: row for row in old if row["command"] == whole.get(row["label"])}
+    published = PUBLISHED.get(name, {}) if detector == "zn" else {}
+    for label, command in whole.items():
+        result = run_row(command, root)
+        if result is None:
+            failed.append(label)
+            continue
+        figures = dict(zip(("W", "MAE", "RMSE"), published.get(label, ())))
+        found[label] = collected(label, command, result) | {"published": figures}
+        write(name, detector, root, rows=[found[label] for label in whole if label in found])
+    if name.endswith("-sweep") and found:
+        script, _, sweep = name.partition("-")
+        path = root / "pictures" / f"{script}-{detector}-{sweep}.png"
+        plot_sweep(path, [found[label] for label in whole if label in found])
+    return failed
+
+
+# ----------------------------------------------------------------------------------------- picture of a sweep
+
+SETTINGS = "solver", "eta", "steps", "temperature", "top-k"   # the flags that a sweep changes
+PANELS = {"steps": "steps", "ms per response": "steps", "eta": "eta", "temperature": "temperature"}
+
+
+def curves(rows, quantity):
+    """{other flags: [(value, ms per response, W), ...]} where at least three rows differ in it alone."""
+    found = {}
+    for row in rows:
+        flags = {name: value for name, value in flags_of(row["command"]).items() if name in SETTINGS}
+        if quantity in flags:
+            point = float(flags.pop(quantity)), row["ms_per_response"]["256"], row["validation"]["W"]["value"]
+            label = label_of(" ".join(f"--{name} {value}" for name, value in flags.items()))
+            found.setdefault(label, []).append(point)
+    return {label: sorted(points) for label, points in found.items() if len(points) > 2}
+
+
+def plot_sweep(path, rows):
+    """Draw W on validation rows against steps, the time they take, eta and temperature, where these vary."""
+    from matplotlib.figure import Figure                                       # half a second to import
+    from matplotlib.ticker import LogLocator
+    panels = {name: curves(rows, quantity) for name, quantity in PANELS.items() if curves(rows, quantity)}
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    for axis, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for label, points in found.items():
+            line = sorted((point[name == "ms per response"], point[2]) for point in points)
+            axis.plot(*zip(*line), marker="o", markersize=4, label=label or "model")
+        if oracle := rows[0]["validation"]["W"]["oracle"]:
+            axis.axhline(oracle, color="0.5", linestyle="--", label="oracle")
+        log = PANELS[name] == "steps"
+        axis.set(xlabel=name, ylabel="W", yscale="log", xscale="log" if log else "linear")
+        for side in [axis.yaxis] + [axis.xaxis] * log:
+            side.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            side.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        # above the axes, where no curve is
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
+    with common.write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# --------------------------------------------------------------------------------- comparisons in one process
+
+def race(functions, repeats=3):
+    """Seconds of each function() of a dict, the fastest of `repeats`, called in turn so that all meet the
+    same machine; a first round compiles and does not count."""
+    measure = lambda: {name: common.seconds(function) for name, function in functions.items()}
+    rounds = [measure() for _ in range(1 + repeats)][1:]
+    return {name: min(seconds[name] for seconds in rounds) for name in functions}
+
+
+def repeated(step, batch, state):
+    """Train on one batch for ever, a step for each next()."""
+    while True:
+        state, losses = step(batch, state)
+        yield losses
+
+
+def networks(detector):
+    """The networks of fm.py: parameters, MFLOP, seconds of a step and ms per response, both at batch 256."""
+    key, conditions, shape = jax.random.key(0), data.CONDITIONS["physics"], DETECTORS[detector].shape
+    rows, functions = [], {}
+    for name in fm.NETWORKS:
+        how = "round" if name == "paper" else "sample"
+        args = fm.parse(["--detector", detector, "--net", name, "--counts", how])
+        plan, end = common.plan(args), args.exit if how == "sample" else 1.0
+        make = eqx.filter_jit(partial(fm.make_network, name, how, DETECTORS[detector], conditions))
+        counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *shape)).astype(np.uint16)
+        c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
+        step = fm.make_step(partial(fm.batch_loss, how=how, end=end), optimiser, plan)
+        net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps,
+                                          solver=args.solver))
+        functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
+        functions[name, "draw"] = partial(draw, c, key)
+        cost = common.network_cost(net, shape, (), (conditions,))
+        evaluations = args.steps * fm.EVALUATIONS[args.solver] + (how == "sample")
+        rows.append({"label": name, **cost, "evaluations": evaluations})
+    seconds = race(functions)
+    for row in rows:
+        ms = 1e3 * seconds[row["label"], "draw"] / args.batch_size
+        row |= {"step_seconds": seconds[row["label"], "step"], "ms_per_response": {"256": ms}}
+    return {"rows": rows}
+
+
+# tokens, prior, precision, batch, each row with one change, and ms on one GPU [FM, Table 5]
+TOKENS = ((36, "gpt-4m", "f32", 256, 0.09), (121, "gpt-4m", "f32", 256, 0.80), (121, "gpt", "f32", 256, 0.60),
+          (121, "gpt", "bf16", 256, 0.45), (121, "gpt", "f32", 1024, None), (121, "gpt", "f32", 16384, None),
+          (121, "masked", "f32", 256, None), (121, "masked", "f32", 16384, None))
+
+
+def tokens(detector):
+    """What a response of vqgan.py costs by tokens, network, precision and batch, without training."""
+    conditions, rows = data.CONDITIONS["physics"], []
+    for number, prior, precision, batch, published in TOKENS:
+        grid = vqgan.Grid(DETECTORS[detector], *vqgan.GRIDS[number], conditions)
+        make = lambda key: vqgan.VQGAN(vqgan.Autoencoder(grid, conditions, "sample", "vqvae", key),
+                                       vqgan.PRIORS[prior](grid, key))
+        net = eqx.filter_jit(make)(jax.random.key(0))
+        draw = eqx.filter_jit(eqx.Partial(vqgan.sample, common.lower(net, precision), how="sample", steps=8,
+                                          temperature=1.0, top_k=0))
+        call = partial(draw, np.zeros((batch, conditions), np.float32), jax.random.key(0))
+        ms = 1e3 * race({"draw": call}, repeats=2 if batch <= 256 else 1)["draw"] / batch
+        rows.append({"label": f"{math.prod(grid.shape)} tokens, {prior}, {precision}, batch {batch}",
+                     **vqgan.cost(net, conditions, 8), "ms_per_response": {str(batch): ms},
+                     "published": {"ms_per_response": published} if detector == "zn" else {}})
+    return {"rows": rows}
+
+
+SCORED, TIMED = 10_240, 16   # test rows at most; fibres that naive sampling is timed on, each a full pass
+# W of one model on GEANT data of ZN, arXiv 2608.12795
+REMOVALS = {"floor": 2.60, "round": 4.33, "floor-renormalise": 1.73, "round-renormalise": 2.46}
+
+
+def flows(detector, root=ROOT):
+    """Both flows of runs/iaf-DETECTOR with true and with predicted photon sums, W of the ways to remove the
+    noise, and ms per response of the teacher's naive and incremental sampler and of the student."""
+    nets, rows, key = {}, [], jax.random.key(0)
+    for path in "teacher/model.eqx", "model.eqx":
+        path = root / f"runs/iaf-{detector}" / path
+        args = iaf.parse(["--detector", detector, "--load", str(path)])
+        logit, conditions = iaf.Logit(**args.header["logit"]), data.CONDITIONS[args.cond]
+        make = partial(iaf.make_generator, args.net, args.sampler, DETECTORS[detector], logit, conditions)
+        nets[args.sampler] = common.load_model(path, make)
+        nets[args.sampler, "removal"] = args.header["removal"]
+    dataset, split = data.open_split(args)
+    test = data.select(dataset, split.test[:SCORED])
+    c, total = data.conditions(test.particles, data.stored_scaler(args.header)), test.responses.sum((1, 2))
+    predict = eqx.filter_jit(eqx.Partial(iaf.draw_totals, nets["student"].totals, low=logit.low))
+    sums = {"true": total.astype(np.float32), "predicted": common.in_blocks(predict, key, c)}
+    draw = {name: eqx.filter_jit(eqx.Partial(iaf.draw_light, nets[name])) for name in ("teacher", "student")}
+    for name, label in itertools.product(draw, sums):
+        light = common.in_blocks(draw[name], key, c, sums[label])
+        counts = iaf.remove_noise(light, sums[label], nets[name, "removal"], logit.noise)
+        scores = channel_scores(test, np.asarray(counts).reshape(test.responses.shape))
+        rows.append({"label": f"{name}, {label} sums", "flow": name, "sums": label} | scores)
+    again = metrics.resimulate(detector, test)
+    rows.append({"label": "oracle", "flow": "oracle", "sums": "-"} | channel_scores(test, again))
+    removals = [{"flow": flow, "removal": how, "W": w, "paper_W": REMOVALS.get(how)}
+                for flow, found in args.header["scores"]["removals"].items() for how, w in found.items()]
+    block = c[:common.BLOCK], sums["true"][:common.BLOCK]
+    z = jax.random.normal(key, (len(block[0]), counts.shape[1]))
+    naive = eqx.filter_jit(jax.vmap(partial(nets["teacher"].flow.invert, how="naive", fibres=TIMED)))
+    seconds = race({"naive": partial(naive, z, *block), "incremental": partial(draw["teacher"], *block, key),
+                    "student": partial(draw["student"], *block, key)}, repeats=1)
+    seconds["naive"] *= z.shape[1] / TIMED
+    ms = {name: 1e3 * value / len(z) for name, value in seconds.items()}
+    return {"rows": [row | {"R": row["W"] / rows[-1]["W"]} for row in rows], "removals": removals,
+            "speed": {"ms": ms, "ratio": {name: ms["naive"] / value for name, value in ms.items()}}}
+
+
+def channel_scores(test, responses):
+    """W, MAE and the conditional scores of [IAF], of the channels of responses to the rows of a Dataset."""
+    truth, found = metrics.channels(test.responses), metrics.channels(responses)
+    ids = data.unique_particles(test.particles)[0]
+    terms = metrics.mae_particles(truth, found, ids)
+    means = {name: metrics.weighted_mean(terms, metrics.particle_weights(ids, name))
+             for name in ("MAE_c", "MAE_cw", "MAE_cond")}
+    return {"W": metrics.wasserstein(truth, found), "MAE": metrics.mae(truth, found)} | means
+
+
+COMPARISONS = {"networks": networks, "tokens": tokens, "flows": flows}
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    """List the tables, or run one; the exit code is 1 if a row failed."""
+    parser = common.parser(__doc__, "tables", flags=("detector",))
+    parser.add_argument("name", nargs="?", choices=(*tables("zn"), *COMPARISONS), help="table to run")
+    parser.add_argument("--list", action="store_true", help="list the tables and their commands")
+    args = parser.parse_args(argv)
+    found = tables(args.detector)
+    if args.list or not args.name:
+        for name, table in found.items():
+            print(f"{name}:", *commands(name, table, args.detector).values(), sep="\n    ")
+        print(*(f"{name}: compared in one process" for name in COMPARISONS), sep="\n")
+        return
+    common.prepare_jax()
+    if args.name in COMPARISONS:
+        result = COMPARISONS[args.name](args.detector)
+        mark = {"command": f"python -m benchmarks.tables {args.name} --detector {args.detector}",
+                "measured_with": common.VERSION}
+        write(args.name, args.detector, ROOT, **result | {"rows": [row | mark for row in result["rows"]]})
+    elif failed := run_table(args.name, found[args.name], args.detector):
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    common.run(main)
