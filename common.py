@@ -32,6 +32,9 @@ from tqdm import tqdm
 
 VERSION = "0.2.0"
 FORMAT = "zdc-checkpoint-4"
+LOGGED = 50  # steps from one line of log.jsonl to the next
+BLOCK = 256  # responses per call when many are made; larger blocks leave a CPU's cache
+BATCHES = 1, 32, 256, 1024, 8192, 16384  # sizes to time where a response costs little [Poster, Table 3]
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -92,27 +95,22 @@ FLAGS = {
     "cond": dict(choices=("raw", "physics"), default="physics",
                  help="condition on the nine features, or also on impact points and log energy"),
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
-    "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="ROWS",
-                       help="responses per training step, on all devices together"),
+    "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="N", help="rows per training step"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate"),
-    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle",
-                     help="course of the learning rate over the run"),
-    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM",
-                 help="largest norm of a gradient; longer ones are scaled down"),
+    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle", help="course of the learning rate"),
+    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="largest norm of a gradient"),
     "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY",
                 help="decay per step of the moving average of the weights"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers"),
     "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
     "load": dict(type=Path, metavar="FILE", help="score this checkpoint or generate with it; no training"),
     "resume": dict(action="store_true", help="continue the run in --run where it was cut off"),
-    "validate": dict(action="store_true",
-                     help="score W and MAE on the validation rows, to choose settings without the test rows"),
+    "validate": dict(action="store_true", help="score W and MAE on the validation rows, not the test rows"),
     "generate": dict(type=Path, metavar="FILE", help="generate responses of this particle list into --out"),
     "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
-    "devices": dict(type=number(int, 1), default=1, metavar="N",
-                    help="devices that share a batch, those of all hosts together"),
+    "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
     "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run"),
 }
@@ -126,9 +124,9 @@ class Parser(argparse.ArgumentParser):
         sys.exit(_fail(f"{message} (--help lists the flags)"))
 
     def parse_args(self, args=None, namespace=None):
-        """The resolved flags, `command`, which is the whole line, and `header`: of a
-        new checkpoint or, with --load, of the loaded one, whose `own` flags and data are in force then. A
-        default that is a dict is resolved by the detector, a function with the other flags."""
+        """The resolved flags, `command`, which is the whole line, and `header`: of a new checkpoint or, with
+        --load, of the loaded one, whose `own` flags and data are in force then. A default that is a dict is
+        resolved by the detector, a function with the other flags."""
         words = sys.argv[1:] if args is None else args
         args, header = super().parse_args(args, namespace), None
         args.command = shlex.join(["python", f"{args.script}.py", *words])
@@ -157,14 +155,13 @@ class Parser(argparse.ArgumentParser):
             self.error("--batch-size must be a multiple of --devices")
 
 
-def parser(doc, script=None, flags=tuple(FLAGS), own=(), **defaults):
+def parser(doc, script, flags=tuple(FLAGS), own=(), **defaults):
     """The command line of a script: its shared `flags`, their `defaults`, and the text `doc` for --help.
-    A default may be a dict {"zn": ..., "zp": ...} or a function of the parsed flags. `script` (if None the
-    running file's name) names the run folder. The script adds its own flags with `add_argument`; those named
-    in `own` decide what is trained: they are kept in checkpoints, and --load brings them back."""
+    A default may be a dict {"zn": ..., "zp": ...} or a function of the parsed flags. The script adds its own
+    flags with `add_argument`; those named in `own` decide what is trained: they are kept in checkpoints, and
+    --load brings them back."""
     if unknown := defaults.keys() - set(flags):
         raise TypeError(f"defaults for flags that the script does not have: {unknown}")
-    script = script or Path(sys.argv[0]).stem
     folders = {detector: Path("runs", f"{script}-{detector}") for detector in FLAGS["detector"]["choices"]}
     defaults = {"run": folders} | defaults
     result = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -175,7 +172,7 @@ def parser(doc, script=None, flags=tuple(FLAGS), own=(), **defaults):
         default = options.get("default")
         if isinstance(default, dict):
             default = ", ".join(f"{detector} {value}" for detector, value in default.items())
-        if default not in (None, False) and not callable(default):
+        if not (default is None or default is False or callable(default)):
             options["help"] += f" (default: {default})"
         result.add_argument("--" + name.replace("_", "-"), **options)
     return result
@@ -230,8 +227,7 @@ def _writing(path):
 @contextmanager
 def write_atomic(path):
     """Yield a temporary path beside `path`, which replaces `path` if the block succeeds: a kill or a full
-    disk leaves the old file as it was. UserError if `path` is a folder or a device, and for every OSError.
-    (HDF5 files are written by data.save_blocks, since HDF5 crashes after a failed write.)"""
+    disk leaves the old file as it was. UserError if `path` is a folder or a device, and for every OSError."""
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: cannot be written, it is not a regular file")
@@ -403,21 +399,15 @@ def progress(what, label, quiet=False):
     return tqdm(rounds, desc=label, disable=quiet, mininterval=interval, dynamic_ncols=True)
 
 
-LOGGED = 50  # steps from one line of log.jsonl to the next
-
-
 class Logbook(AbstractContextManager):
     """The record of a training: a progress bar, log.jsonl every LOGGED steps, the state every minute.
-
     `step` counts the steps done, out of `steps`. A saved state begins with the header of the `plan` and the
-    number of training `rows`, which --resume expects unchanged.
-    """
+    number of training `rows`, which --resume expects unchanged."""
 
     def __init__(self, plan, rows, steps):
         self.plan, self.header, self.steps = plan, plan.header | {"rows": rows}, steps
         self.path, self.step, self.before, self.checkpoint = plan.run / "state.eqx", 0, 0.0, None
-        label = f"training {self.header['script']} on {self.header['detector']}"
-        self.bar = progress(steps, label, plan.quiet)
+        self.bar = progress(steps, "training {script} on {detector}".format(**self.header), plan.quiet)
 
     def __exit__(self, *error):
         self.bar.close()  # before an error is printed
@@ -426,11 +416,8 @@ class Logbook(AbstractContextManager):
         """The state to start from: `state` itself or, with --resume, the saved one, of the same shapes."""
         if self.plan.resume:
             found, state = load_checkpoint(self.path, state, self.header["script"], self.header["detector"])
-            flags, saved = self.header["flags"], found["flags"]
-            changed = [name for name in flags if saved.get(name) != plain(flags[name])]
-            if found["rows"] != self.header["rows"]:
-                changed.append("rows of the data")
-            if changed:
+            here, saved = (plain(h["flags"] | {"rows of the data": h["rows"]}) for h in (self.header, found))
+            if changed := [name for name in here if saved.get(name) != here[name]]:
                 raise UserError(f"{self.path}: --resume needs the flags of the first run; different: "
                                 f"{', '.join(changed)}")
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
@@ -473,10 +460,8 @@ def normal(key, *shape, scale=None):
 
 class Linear(eqx.Module):
     """Linear layer on the last axis, (..., inputs) -> (..., outputs), in the number format of its weights.
-
     Its initial weights, times `scale`, are uniform as in eqx.nn.Linear; without a bias, normal of variance
-    1 / inputs. One product for all axes: vmap over eqx.nn.Linear is twice as slow on a CPU.
-    """
+    1 / inputs. One product for all axes: vmap over eqx.nn.Linear is twice as slow on a CPU."""
     weight: jax.Array
     bias: jax.Array | None
 
@@ -555,9 +540,6 @@ def batches(arrays, rows, plan, mesh, start=0):
             yield shard_batch(tuple(array[here] for array in arrays), mesh)
 
 
-BLOCK = 256  # responses per call when many are made; larger blocks leave a CPU's cache
-
-
 def in_blocks(function, key, *arrays):
     """function(*blocks, key) over the rows of `arrays` (N, ...), BLOCK at a time with a key each: (N, ...).
     The last block is filled up with zeros, so that a compiled function meets one shape."""
@@ -570,10 +552,7 @@ def in_blocks(function, key, *arrays):
     return np.concatenate(found)
 
 
-# ---------------------------------------------------------------------------------------------- time and cost
-
-BATCHES = 1, 32, 256, 1024, 8192, 16384  # sizes to time where a response costs little [Poster, Table 3]
-
+# ---------------------------------------------------------------------------- time, cost, machine and devices
 
 def time_sampler(draw, width, sizes, repeats=5):
     """{"ms_per_response": {"1": ms, ...}, "compile_seconds": {"1": s, ...}} of draw(c (size, width), key).
@@ -596,15 +575,6 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
-def print_rows(rows):
-    """Print dicts with the same keys as a table."""
-    word = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
-    lines = [[name.replace("_", " ") for name in rows[0]], *[list(map(word, row.values())) for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(word.rjust(width) for word, width in zip(line, widths)))
-
-
 def network_cost(net, *inputs):
     """{"parameters": trainable numbers, "mflop": 10^6 floating-point operations of net(*inputs), counted by
     XLA}; `inputs` are the shapes of one example's."""
@@ -619,8 +589,6 @@ def count_parameters(tree):
     """The number of trainable numbers in a model: the size of its floating-point arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
 
-
-# ---------------------------------------------------------------------------------------- machine and devices
 
 def versions():
     """Versions of the software that made a result: {"zdc": ..., "python": ..., "jax": ..., ...}."""
@@ -649,19 +617,15 @@ def cache_folder():
     return Path(os.environ.get("ZDC_CACHE") or Path.home() / ".cache" / "zdc")
 
 
-def enable_compilation_cache():
-    """Keep compiled code on disk, so that a second run starts in seconds; called before any compilation."""
+def prepare_jax():
+    """Join the hosts of the run and keep compiled code on disk, so that a second run starts in seconds;
+    called before JAX is first used."""
+    initialize_hosts()
     features = _cpuinfo("flags", "Features")  # code for one CPU may crash another that shares the folder
     folder = cache_folder() / "xla" / f"{zlib.crc32(features.encode()):08x}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the defaults skip everything small,
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # and a script is many small functions
-
-
-def prepare_jax():
-    """Join the hosts of the run and open the cache of compiled code; called before JAX is first used."""
-    initialize_hosts()
-    enable_compilation_cache()
 
 
 def initialize_hosts():

@@ -42,13 +42,6 @@ class Split(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------ files
 
-def save(path, dataset, **attributes):
-    """Write `dataset` as HDF5 (responses, particles, pdg; gzip), whole or not at all."""
-    starts = range(0, len(dataset.pdg), 8192)
-    blocks = (select(dataset, slice(start, start + 8192))._asdict() for start in starts)
-    save_blocks(path, len(dataset.pdg), blocks, cut=CUT, version=VERSION, **attributes)
-
-
 class _Sink(io.FileIO):
     """A file for HDF5, which crashes at exit after a failed write: the first failure ends all writing."""
     failure = None
@@ -113,8 +106,8 @@ def open_data(name, n=None, seed=0, fresh=False, quiet=False):
 
 
 def load(path, name):
-    """Read and check a data set of detector `name`: HDF5 as `save` writes it, or the papers' npz pair (their
-    folder or either file). UserError for what is missing, damaged, of another detector, or out of range."""
+    """Read and check a data set of detector `name`: HDF5 of save_blocks or the papers' npz pair (their folder
+    or either file). UserError for what is missing, damaged, of another detector, or out of range."""
     path = Path(path)
     npz = path.is_dir() or path.suffix == ".npz"
     responses, particles, pdg = _read_npz(path) if npz else _read_hdf5(path, name)
@@ -294,7 +287,7 @@ def open_split(args):
                else open_data(args.detector, args.n, seed, quiet=args.quiet))
     split = (split_particles(dataset.particles, seed) if args.split == "particles"
              else split_rows(len(dataset.pdg), seed))
-    if "load" in args and not args.load and not 2 <= args.batch_size <= len(split.train):  # not of channels.py
+    if "load" in args and not args.load and not 2 <= args.batch_size <= len(split.train):
         raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split.train)} (training rows)")
     return dataset, split
 

@@ -121,7 +121,7 @@ def count_distribution(maps, x):
 
 
 def to_state(counts, how):
-    """Photon counts (H, W) -> x_0, with a variance of about 1 for a Poisson count, or as the papers."""
+    """Photon counts (H, W) -> x_0, in which a Poisson count has a variance of about 1, or as the papers."""
     return 2 * jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
 
 
@@ -165,7 +165,7 @@ def sample(net, c, key, shape, how, variance, steps, solver, eta):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     start_key, step_key, count_key = jax.random.split(key, 3)
     end = end_time(how, variance)
-    t = LENGTH - 1 - np.round(np.linspace(0, LENGTH - 1 - end, steps + 1)).astype(int)   # from noise to the end
+    t = LENGTH - 1 - np.round(np.linspace(0, LENGTH - 1 - end, steps + 1)).astype(int)    # noise to the end
     abar = np.append(schedule(variance), 1.0)[t]                               # t = -1 is the response itself
     eta, r = (eta, np.zeros(steps)) if solver == "ddim" else (0, extrapolations(abar))
     maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t / LENGTH, c)
@@ -173,8 +173,7 @@ def sample(net, c, key, shape, how, variance, steps, solver, eta):
     def step(carry, row):
         x, before = carry
         t, now, then, r, key = row
-        # only here: in the loss a clipped number would have no gradient
-        x0 = jnp.clip(jax.vmap(clean)(maps(x, t), x), 0, to_state(BRIGHTEST, how))
+        x0 = jnp.clip(jax.vmap(clean)(maps(x, t), x), 0, to_state(BRIGHTEST, how))  # the loss never clips
         noise = jax.random.normal(key, x.shape) if eta else 0
         return (ddim_step(x, x0 + r * (x0 - before), now, then, eta, noise), x0), None
 
@@ -192,7 +191,7 @@ def sample(net, c, key, shape, how, variance, steps, solver, eta):
 
 # same as fm.py: make_step
 def make_step(loss, optimiser, plan):
-    """step((*arrays, key, number), state) -> (state, losses): gradient, update and moving average, compiled."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
@@ -321,7 +320,6 @@ class Dense(eqx.Module):
 
 
 NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),
-            # 3 996 560 parameters with --cond raw --counts round
             "paper-4m": lambda detector, *rest: papers.ResponseUNet(*rest, widths=(64, 88, 112)),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 

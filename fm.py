@@ -148,7 +148,7 @@ def sample(net, c, key, shape, how, end, steps, solver):
 # --------------------------------------------------------------------------------------------------- training
 
 def make_step(loss, optimiser, plan):
-    """step((*arrays, key, number), state) -> (state, losses): gradient, update and moving average, compiled."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):

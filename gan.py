@@ -2,12 +2,13 @@
 
 A generator G makes a response of a particle c and random numbers z, a critic D learns to tell it from a real
 one x, and G learns to be taken for real:
-    L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c))      L_G = softplus(-D(G(c, z), c))     (Eq. 3, non-saturating)
+    L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c))
+    L_G = softplus(-D(G(c, z), c))                                     (Eq. 3, non-saturating)
 What keeps the two together: by default D compares a real and a made response of the same particle
 (`--loss relativistic`), its gradients at both are penalised, and G starts from the likelihood of the counts,
-which stays as a weak term that holds single fibres in place (`--anchor`). The variants of [Comparison, Table 6]
-add W |G(c, z) - x|^2 (`--l2 W`), reward as much diversity as the particle has (Eq. 4, `--sdi W`), have the peak
-where the real one is (`--aux W`), and scale all counts by a factor (`--post`).
+which stays as a weak term that holds single fibres in place (`--anchor`). Variants of [Comparison, Table 6]:
+the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), the peak where
+the real one is (`--aux`), a factor for all counts (`--post`).
 
 Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as fm.py, and a count is drawn
 from it; the gradient is that of a softened count. `--counts round` is the papers' way: log responses,
@@ -36,7 +37,6 @@ from papers import TransformerBlock
 from simulator import DETECTORS, Detector
 
 NOISE = 10            # numbers into the generator, as many as ALICE O2 feeds its networks
-SOFTNESS = 0.3        # of the step from 0 to 1 photon on the axis 2 sqrt(n), in the gradient; chosen on validation rows
 PEAK_STEPS = 2000     # batches that the peak finder learns from
 FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
@@ -50,28 +50,31 @@ def parse(argv):
     weight = common.number(float, 0)
     parser = common.parser(__doc__, "gan", shared, own, n=60_000, epochs=10, lr=5e-4, batch_size=128)
     parser.add_argument("--counts", choices=("sample", "round"), default="sample",
-                        help="draw photon counts from the distribution of each fibre, or round log1p responses "
+                        help="draw photon counts from each fibre's distribution, or round log responses "
                              "(default: sample)")
     parser.add_argument("--loss", choices=LOSSES, default="relativistic",
-                        help="adversarial loss, plain for each response or relativistic for pairs of a real and a "
-                             "made response of one particle (default: relativistic)")
+                        help="adversarial loss: plain, of each response, or relativistic, of pairs of a real "
+                             "and a made response (default: relativistic)")
     parser.add_argument("--penalty", type=weight, default=1.0, metavar="WEIGHT",
                         help="weight of the squared gradients of the critic, R1 and R2 (default: 1)")
     parser.add_argument("--anchor", type=weight, default=2.0, metavar="WEIGHT",
-                        help="weight of the likelihood of the counts in the generator's loss, with --counts round of "
-                             "the squared error of its log responses (default: 2)")
+                        help="weight of the likelihood of the counts (--counts round: the squared error of "
+                             "log responses) in the generator's loss (default: 2)")
     parser.add_argument("--l2", type=weight, default=0.0, metavar="WEIGHT",
                         help="weight of the squared distance to the real response (default: 0)")
     parser.add_argument("--sdi", type=weight, default=0.0, metavar="WEIGHT",
-                        help="weight of the term that asks for diversity (default: 0)")
+                        help="weight of the term that asks for as much diversity as a particle has "
+                             "(default: 0)")
     parser.add_argument("--aux", type=weight, default=0.0, metavar="WEIGHT",
-                        help="weight of the squared distance between the peaks of the real and the made response, as "
-                             "found by a pretrained network (default: 0)")
+                        help="weight of the squared distance between the peaks of the real and the made "
+                             "response, as a pretrained network finds them (default: 0)")
     parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
-                        help="steps in which the generator learns the likelihood alone, before all others (default: 500)")
+                        help="steps before all others in which the generator learns the likelihood alone "
+                             "(default: 500)")
     parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
                         help="learning rate of the critic in units of --lr (default: 2)")
-    parser.add_argument("--post", action="store_true", help="fit a factor for all counts to W on training rows")
+    parser.add_argument("--post", action="store_true",
+                        help="fit a factor for all counts by the W of training rows")
     return parser.parse_args(argv)
 
 
@@ -80,7 +83,8 @@ def parse(argv):
 def adversarial_loss(real, fake):
     """(loss of the critic, loss of the generator) for one real response x and a made one, from the critic's
     values D(x, c) and D(G(c, z), c)."""
-    return jax.nn.softplus(-real) + jax.nn.softplus(fake), jax.nn.softplus(-fake)        # [Comparison, Eq. 3]
+    critic, generator = jax.nn.softplus(-real) + jax.nn.softplus(fake), jax.nn.softplus(-fake)
+    return critic, generator                                                   # [Comparison, Eq. 3]
 
 
 def relativistic_loss(real, fake):
@@ -111,7 +115,7 @@ def diversity_loss(embedding, other, noise, other_noise, spread):
     noises and the critic's embeddings D_e of what is made of them: the more a particle's responses differ,
     the more shall ours."""
     distance = jnp.mean(jnp.abs(embedding - other))
-    return spread * jnp.mean(jnp.abs(noise - other_noise)) / (distance + 1e-3)           # [Comparison, Eq. 4]
+    return spread * jnp.mean(jnp.abs(noise - other_noise)) / (distance + 1e-3) # [Comparison, Eq. 4]
 
 
 def peak(x):
@@ -121,7 +125,7 @@ def peak(x):
 
 
 def peak_distance(finder, x, made):
-    """Squared distance of the peaks of two pictures, as a pretrained finder sees them: argmax has no gradient."""
+    """Squared distance of the peaks of two pictures by a pretrained finder, since argmax has no gradient."""
     return jnp.mean((finder(made.ravel()) - finder(x.ravel()))**2)
 
 
@@ -137,8 +141,9 @@ class Weights(NamedTuple):
 def batch_loss(net, counts, c, key, how, loss, weights):
     """Loss of counts (B, H, W) and c (B, C + 1), conditions and f_div, and its parts. Each adversary learns
     from its own terms: the other's weights, and for the critic the made pictures, are constants there."""
-    size, frozen, losses, counts = len(counts), jax.lax.stop_gradient, LOSSES[loss], counts.astype(jnp.float32)
-    x, c, spread = picture(counts, how), c[:, :-1], c[:, -1]
+    size, frozen, pair = len(counts), jax.lax.stop_gradient, LOSSES[loss]
+    counts, c, spread = counts.astype(jnp.float32), c[:, :-1], c[:, -1]
+    x = picture(counts, how)
     noise_key, count_key, other_key, other_count_key = jax.random.split(key, 4)
 
     def make(noise, key):
@@ -151,11 +156,11 @@ def batch_loss(net, counts, c, key, how, loss, weights):
     frozen_critic = lambda x: jax.vmap(frozen(net.critic))(x, c)
     real, fake = critic(x)[0], critic(frozen(made))[0]
     fooled, embedding = frozen_critic(made)
-    parts = {"critic": losses(real, fake)[0].mean(), "generator": losses(frozen(real), fooled)[1].mean()}
+    parts = {"critic": pair(real, fake)[0].mean(), "generator": pair(frozen(real), fooled)[1].mean()}
     if weights.penalty:
         few = slice(max(size // 8, 1))                                         # second derivatives are slow
-        both = jnp.concatenate([x[few], frozen(made)[few]])
-        parts["penalty"] = jax.vmap(partial(gradient_penalty, net.critic))(both, jnp.tile(c[few], (2, 1))).mean()
+        both = jnp.concatenate([x[few], frozen(made)[few]]), jnp.tile(c[few], (2, 1))
+        parts["penalty"] = jax.vmap(partial(gradient_penalty, net.critic))(*both).mean()
     if weights.anchor:
         parts["anchor"] = jax.vmap(partial(anchor_loss, how=how))(maps, counts).mean()
     if weights.l2:
@@ -183,8 +188,11 @@ def picture(counts, how):
 
 
 def count_distribution(maps):
-    """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from a generator's two maps."""
+    """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from the two maps."""
     return maps[0], data.bounded_scale(maps[1])
+
+
+SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n); chosen on validation rows
 
 
 def draw_picture(maps, how, key):
@@ -218,8 +226,8 @@ def fit_factor(net, how, dataset, rows, scaler, seed):
     """The GAN with the factor of least W on the given training rows, in steps of 1 % (the postprocessing of
     [Comparison])."""
     generate = metrics.generator(eqx.filter_jit(eqx.Partial(sample, net, how=how)), scaler, seed)
-    made, truth = generate(dataset.particles[rows], 0).astype(np.float32), metrics.channels(dataset.responses[rows])
-    factors = np.linspace(0.75, 1.25, 51)
+    truth, factors = metrics.channels(dataset.responses[rows]), np.linspace(0.75, 1.25, 51)
+    made = generate(dataset.particles[rows], 0).astype(np.float32)
     found = [metrics.wasserstein(truth, metrics.channels(np.round(factor * made))) for factor in factors]
     return GAN(net.generator, jnp.array(factors[np.argmin(found)], jnp.float32))
 
@@ -228,7 +236,7 @@ def fit_factor(net, how, dataset, rows, scaler, seed):
 
 # same as fm.py: make_step
 def make_step(loss, optimiser, plan):
-    """step((*arrays, key, number), state) -> (state, losses): gradient, update and moving average, compiled."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
@@ -258,8 +266,8 @@ def train(net, loss, arrays, rows, plan, critic_lr):
     f_div (N, C + 1), as fm.py does. Returns the Adversaries of averaged weights and {"train_seconds",
     "step_seconds"}."""
     steps = plan.epochs * (len(rows) // plan.batch_size)
-    mesh, optimiser, key = common.batch_mesh(plan.devices), make_optimiser(plan, steps, critic_lr), plan.keys[1]
-    step = make_step(loss, optimiser, plan)
+    mesh, optimiser = common.batch_mesh(plan.devices), make_optimiser(plan, steps, critic_lr)
+    step, key = make_step(loss, optimiser, plan), plan.keys[1]
     with common.Logbook(plan, len(rows), steps) as book:
         state = common.replicate(book.begin(common.first_state(net, optimiser)), mesh)
         for batch in common.batches(arrays, rows, plan, mesh, book.step):
@@ -272,9 +280,10 @@ def train(net, loss, arrays, rows, plan, critic_lr):
 
 def report_collapse(records):
     """Say so if one adversary won, by the last ten lines of the log."""
-    auc, spread = (np.mean([record[name] for record in records[-10:]]) for name in ("critic AUC", "spread of sums"))
+    mean = lambda name: np.mean([record[name] for record in records[-10:]])
+    auc, spread = mean("critic AUC"), mean("spread of sums")
     if auc > 0.99 or not 0.5 < spread < 2:
-        print(f"COLLAPSED: the critic is right about {100 * auc:.1f} % of the pairs, and the photon sums spread "
+        print(f"COLLAPSED: the critic is right about {100 * auc:.1f} % of the pairs, and photon sums spread "
               f"{spread:.2f} times as much as the data's")
 
 
@@ -282,7 +291,8 @@ def spreads(responses, particles, rows):
     """f_div of [Comparison, Eq. 4] for the given rows, 0 for others, (N,): standard deviation over the rows
     of a particle, summed over fibres, scaled to (0, 1)."""
     ids = data.unique_particles(particles[rows])[0]
-    found = np.array([responses[rows[ids == k]].astype(np.float32).std(0).sum() for k in range(ids.max() + 1)])
+    of_rows = lambda rows: responses[rows].astype(np.float32).std(0).sum()
+    found = np.array([of_rows(rows[ids == k]) for k in range(ids.max() + 1)])
     spread = np.zeros(len(particles), np.float32)
     spread[rows] = ((found - found.min()) / (np.ptp(found) or 1.0))[ids]
     return spread
@@ -311,7 +321,8 @@ def fit(net, error, arrays, rows, plan, steps, label):
 
     @eqx.filter_jit
     def step(net, state, counts, c, key):
-        updates, state = optimiser.update(eqx.filter_grad(error)(net, counts.astype(jnp.float32), c, key), state)
+        gradient = eqx.filter_grad(error)(net, counts.astype(jnp.float32), c, key)
+        updates, state = optimiser.update(gradient, state)
         return eqx.apply_updates(net, updates), state
 
     for number in common.progress(steps, label, plan.quiet):
@@ -323,7 +334,7 @@ def fit(net, error, arrays, rows, plan, steps, label):
 # ---------------------------------------------------------------------------------------------------- network
 # For ONE example: condition c (C,), noise (NOISE,), picture x (H, W); vmap makes the batch.
 
-SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 1, 64   # fibres of a patch, channels, transformer blocks, numbers of an embedding
+SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 1, 64   # fibres of a patch, channels, blocks, numbers of an embedding
 
 
 class Generator(eqx.Module):
@@ -380,7 +391,8 @@ class Critic(eqx.Module):
         keys = iter(jax.random.split(key, 7 + BLOCKS))
         patches, bumps, _ = data.vicinity(jnp.zeros(conditions), detector, SIZE)[1].shape
         self.detector = detector
-        self.local = Linear(16 + data.near_impact(jnp.zeros(conditions), detector, 4).shape[1], hidden, next(keys))
+        near = data.near_impact(jnp.zeros(conditions), detector, 4).shape[1]
+        self.local = Linear(4**2 + near, hidden, next(keys))
         self.modulation = Linear(128, 2 * hidden, next(keys))
         self.patches = Linear(SIZE**2 + 3, WIDTH, next(keys))
         self.position = 0.1 * jax.random.normal(next(keys), (patches, WIDTH))
@@ -393,9 +405,9 @@ class Critic(eqx.Module):
         known = self.known(data.with_sinusoids(c))
         bumps = data.vicinity(c, self.detector, SIZE)[1]
         patches, bumps = common.cast((data.to_patches(x, SIZE), bumps), known.dtype)
-        sums = jnp.stack([patches**2, patches, jnp.minimum(patches, 1)]).sum(2).T        # (P, 3)
-        sums = jnp.maximum(sums, -0.5)                                         # made log responses may be negative
-        h = self.patches(jnp.concatenate([patches, jnp.log1p(sums)], axis=1)) + self.position    # (P, WIDTH)
+        sums = jnp.stack([patches**2, patches, jnp.minimum(patches, 1)]).sum(2).T  # (P, 3)
+        sums = jnp.maximum(sums, -0.5)  # a made log response may be < 0
+        h = self.patches(jnp.concatenate([patches, jnp.log1p(sums)], axis=1)) + self.position  # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
         # texture: patches of 4 x 4 fibres, wherever they lie
@@ -422,9 +434,10 @@ class GAN(eqx.Module):
 
 
 def make_adversaries(how, aux, detector, conditions, key):
-    keys = jax.random.split(key, 3)
-    finder = MLP(keys[2], math.prod(detector.shape), 128, 128, 2) if aux else None
-    return Adversaries(Generator(how, detector, conditions, keys[0]), Critic(detector, conditions, keys[1]), finder)
+    generator_key, critic_key, finder_key = jax.random.split(key, 3)
+    finder = MLP(finder_key, math.prod(detector.shape), 128, 128, 2) if aux else None
+    generator = Generator(how, detector, conditions, generator_key)
+    return Adversaries(generator, Critic(detector, conditions, critic_key), finder)
 
 
 def make_gan(how, detector, conditions, key):
@@ -450,7 +463,7 @@ def main(argv=None):
             spread = spreads(dataset.responses, dataset.particles, split.train)
         arrays = dataset.responses, np.column_stack([data.conditions(dataset.particles, scaler), spread])
         net = make_adversaries(args.counts, args.aux, detector, conditions, plan.keys[0])
-        if not args.resume:                                                    # else the saved state replaces all weights
+        if not args.resume:                                                    # which has all weights saved
             net = warm_start(net, arrays, split.train, plan, args.counts, args.warm)
         weights = Weights(*(getattr(args, name) for name in Weights._fields))
         loss = partial(batch_loss, how=args.counts, loss=args.loss, weights=weights)

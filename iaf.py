@@ -3,17 +3,14 @@
 A flow maps a response x of a particle c with the photon sum S to numbers z ~ N(0, 1), one for each fibre, by
 blocks f_1, f_2, ... (MADE, Germain et al. 2015). In a block, a monotonic spline moves each fibre, and its
 numbers depend only on the fibres before: the Jacobian is triangular, and the likelihood is exact,
-    log p(x | c, S) = log N(z; 0, 1) + sum_i log |det df_i / dx_(i-1)|                 [Comparison, Eq. 7 and 8]
-Three networks are trained, one after the other:
-    sum      P(S | c), by likelihood
-    teacher  x -> z in one pass, by likelihood (MAF); z -> x takes a step for each fibre
-    student  z -> x in one pass (IAF), by two loops, x -> z -> x' and z -> x' -> z' (Krause and Shih 2023):
-             L = |x' - x|^2 + |z' - z|^2 + the same after each block
-                 + W f(c) / 5 sum_k (w_k - w'_k)^2, w_k: share of the light in channel k            [IAF, Eq. 2]
-Counts n are made continuous as n + nu u, u uniform in [0, 1) (nu: --noise, [Comparison, Table 7]).
+    log p(x | c, S) = log N(z; 0, 1) + sum_i log |det df_i / dx_(i-1)|               [Comparison, Eq. 7 and 8]
+A teacher x -> z (MAF) learns by likelihood; its way back takes a step for each fibre. A student z -> x (IAF)
+takes one pass; it learns by the loops x -> z -> x' and z -> x' -> z' with the teacher (Krause and Shih 2023),
+    L = |x' - x|^2 + |z' - z|^2 + the same after each block
+        + W f(c) / 5 sum_k (w_k - w'_k)^2, w_k: share of the light in channel k                   [IAF, Eq. 2]
+A third network learns P(S | c). Counts n are made continuous as n + nu u, u uniform [Comparison, Table 7].
 
     python iaf.py --detector zn                                       25 minutes on two CPU cores
-    python iaf.py --detector zn --stage student                       the student again, same teacher
     python iaf.py --load weights/iaf-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the trainings, W of each --removal, then every score of metrics.py beside its oracle; ends with
@@ -41,9 +38,8 @@ BINS, BOX, LEAST = 8, 6.0, 1e-3   # of a spline: bins, half width of its box, le
 NUMBERS = 3 * BINS - 1            # of a spline: widths, heights, slopes at the inner knots
 COMPONENTS = 12                   # of the distribution of log photon sums
 ALPHA = 1e-6                      # keeps logits finite, as in CaloFlow (Krause and Shih 2021)
-EPSILON = 0.1                     # least weight of --diversity; the mean one is 1
 STAGES = "sum", "teacher", "student"
-# Flags that a stage depends on and those before it do not; the first is its number of passes over the rows
+# Flags that a stage depends on and those before it do not; the first counts its passes over the rows
 OWN = {"sum": ("sum_epochs",), "teacher": ("epochs", "net", "noise"),
        "student": ("student_epochs", "channel_loss", "light_loss", "diversity")}
 # The last two are ours, the others those of arXiv 2608.12795
@@ -60,19 +56,16 @@ def parse(argv):
     parser.add_argument("--net", choices=NETWORKS, default="local",
                         help="blocks of both flows, ours or those of the papers (default: local)")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all",
-                        help="train one stage, after those in --run, whose flags must be the same except "
-                             "its own, or all (default: all)")
+                        help="train one stage, on the earlier ones in --run, or all of them (default: all)")
     parser.add_argument("--sum-epochs", type=common.number(int, 1, 10**6), default=10, metavar="N",
-                        help="passes over the training rows in stage sum; --epochs are those of stage "
-                             "teacher (default: 10)")
+                        help="passes over the rows in stage sum, --epochs in stage teacher (default: 10)")
     parser.add_argument("--student-epochs", type=common.number(int, 1, 10**6), default=2, metavar="N",
                         help="passes over the training rows in stage student (default: 2)")
     parser.add_argument("--noise", type=common.number(float, 1e-3, 1), default=0.5, metavar="NU",
                         help="range of the noise that makes counts continuous, in photons (default: 0.5)")
     parser.add_argument("--removal", choices=REMOVALS,
-                        help="take the noise away by a floor or by rounding without its mean, alone, "
-                             "before renormalising to the photon sum, or after scaling to it (default: "
-                             "the way with the least W on validation rows)")
+                        help="remove the noise by a floor or by rounding without its mean, alone, before or "
+                             "after scaling to the photon sum (default: least W on validation rows)")
     parser.add_argument("--channel-loss", type=common.number(float, 0), default=100.0, metavar="WEIGHT",
                         help="weight of the light's shares in the channels in stage student (default: 100)")
     parser.add_argument("--light-loss", type=common.number(float, 0), default=5.0, metavar="WEIGHT",
@@ -81,8 +74,7 @@ def parse(argv):
                         help="weight the channel loss by how common and alike a particle's responses are")
     parser.add_argument("--sampler", choices=STAGES[1:],
                         default=lambda args: "teacher" if args.stage == "teacher" else "student",
-                        help="score this flow; with --load, that of the checkpoint, in DIR/teacher/model.eqx "
-                             "the teacher (default: student)")
+                        help="score this flow; --load takes that of the checkpoint (default: student)")
     args = parser.parse_args(argv)
     if args.stage == "teacher" and args.sampler == "student":
         parser.error("--sampler student needs --stage student")
@@ -95,7 +87,7 @@ def parse(argv):
 def flow_nll(flow, x, c, total):
     """-log p(x | c, S) in nats of one response x (D,) of a particle c (C,) with the photon sum S, `total`."""
     states, log_det = flow(x, c, total)                                        # from x to z
-    log_normal = jax.scipy.stats.norm.logpdf(states[-1]).sum()
+    log_normal = jax.scipy.stats.norm.logpdf(states[-1]).sum()                 # log N(z; 0, 1)
     return -(log_normal + log_det)                                             # [Comparison, Eq. 8]
 
 
@@ -154,9 +146,8 @@ def sum_nll(net, total, c, low):
 
 
 def two_loops(student, teacher, x, z, c, total):
-    """Distillation for one response x (D,) and one latent z (D,) of a particle c (C,) (Krause and Shih 2023):
-    mean squares at the end of either loop and between the blocks, and the student's states in the data
-    loop."""
+    """Distillation for one response x (D,) and one latent z (D,) (Krause and Shih 2023): mean squares at the
+    ends of both loops and between the blocks, and the states (blocks + 1, D) of the student's x'."""
     to_z = jax.lax.stop_gradient(teacher(x, c, total)[0])                      # data loop: x -> z ...
     to_x = student(to_z[-1], c, total)[0]                                      # ... -> x'
     drawn = student(z, c, total)[0]                                            # latent loop: z -> x' ...
@@ -167,23 +158,18 @@ def two_loops(student, teacher, x, z, c, total):
             "blocks": between(to_x, to_z) + between(drawn, back)}, to_x
 
 
-def channel_loss(states, x, total, logit, detector):
-    """Squared error of the light's shares in the five channels, of states (K, D) against x (D,): where a
-    shower lies counts more than single fibres. Every block of the student is to make a response."""
+def channel_loss(light, truth, detector):
+    """Squared error of the light's shares in the five channels, of continuous counts (K, D), one for each
+    block, against `truth` (D,): the place of a shower matters more than single fibres."""
     weights = metrics.channel_weights(detector.shape).reshape(-1, 5)
-
-    def shares(x):
-        light = from_logit(x, total, logit)
-        return light @ weights / (light.sum(-1, keepdims=True) + 1e-9)
-
-    return jnp.mean((shares(states) - shares(x))**2)                           # [IAF, Eq. 2]
+    shares = lambda light: light @ weights / (light.sum(-1, keepdims=True) + 1e-9)
+    return jnp.mean((shares(light) - shares(truth))**2)                        # [IAF, Eq. 2]
 
 
-def light_loss(made, x, total, logit):
-    """Squared error of 2 sqrt(n), ours: photons in units of their Poisson noise. In the squares of logits, a
-    hundred photons weigh no more than none."""
-    root = lambda x: 2 * jnp.sqrt(from_logit(x, total, logit) + logit.noise)
-    return jnp.mean((root(made) - root(x))**2)
+def light_loss(light, truth, noise):
+    """Squared error of 2 sqrt(n) of continuous counts (D,), ours: photons in units of their Poisson noise. In
+    the squares of logits, a hundred photons weigh no more than none."""
+    return 4 * jnp.mean((jnp.sqrt(light + noise) - jnp.sqrt(truth + noise))**2)
 
 
 def sum_loss(net, counts, c, key, low):
@@ -201,34 +187,21 @@ def teacher_loss(net, counts, c, key):
 
 
 def student_loss(net, counts, c, weights, teacher, key, channel_weight, light_weight):
-    """Stage student: both loops and what is added to them; `weights` (B,) are those of the channel loss."""
+    """Stage student: both loops, and what is added to them; `weights` (B,) of the channel loss are f(c) of
+    [IAF, Eq. 3], larger for common particles of like responses, which rare ones do not disturb then."""
     noise_key, latent_key = jax.random.split(key)
     x, _, total = dequantise(counts, noise_key, net.logit)
 
     def terms(x, z, c, total):
         loops, states = two_loops(net, teacher, x, z, c, total)
-        return loops | {"channels": channel_loss(states[1:], x, total, net.logit, net.detector),
-                        "light": light_loss(states[-1], x, total, net.logit)}
+        light, truth = (from_logit(numbers, total, net.logit) for numbers in (states[1:], x))
+        return loops | {"channels": channel_loss(light, truth, net.detector),
+                        "light": light_loss(light[-1], truth, net.logit.noise)}
 
     parts = jax.vmap(terms)(x, jax.random.normal(latent_key, x.shape), c, total)
     loss = parts["data loop"] + parts["latent loop"] + parts["blocks"] + light_weight * parts["light"]
     loss += channel_weight * weights * parts["channels"]
     return loss.mean(), {name: part.mean() for name, part in parts.items()}
-
-
-def diversity_weights(responses, particles):
-    """f(c) of each row, float32 (N,), of mean 1. A particle of one row has no spread: it gets the least
-    weight."""
-    ids = data.unique_particles(particles)[0]
-    groups = np.split(np.argsort(ids, kind="stable"), np.cumsum(np.bincount(ids))[:-1])
-    # f_div, the standard deviation over the rows of a particle, summed over fibres [Comparison, Eq. 4]
-    spread = np.array([responses[rows].astype(np.float32).std(0).sum() for rows in groups])
-    inverse = 1 / np.where(spread > 0, spread, np.inf)
-    low = inverse[spread > 0].min(initial=inverse.max())
-    scaled = np.clip((inverse - low) / ((inverse.max() - low) or 1.0), 0, 1)
-    weights = (scaled * np.bincount(ids))[ids]
-    weights = weights / (weights.mean() or 1.0) + EPSILON                      # [IAF, Eq. 3]
-    return (weights / weights.mean()).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -252,8 +225,7 @@ def draw_light(net, c, total, key):
     if flow.kind == "teacher":
         x = jax.vmap(flow.invert)(z, c, total)
     else:
-        # chunks that stay in a CPU's cache: a fifth faster
-        size = 64 if jax.default_backend() == "cpu" else len(c)
+        size = 64 if jax.default_backend() == "cpu" else len(c)  # fits its cache: a fifth faster
         x = jax.lax.map(lambda row: flow(*row)[0][-1], (z, c, total), batch_size=size)
     return from_logit(x, total[:, None], flow.logit)
 
@@ -293,7 +265,8 @@ def make_step(loss, optimiser, plan):
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
         *rest, key, number = batch
-        objective = lambda net: loss(common.lower(net, plan.precision), *rest, jax.random.fold_in(key, number))
+        key = jax.random.fold_in(key, number)
+        objective = lambda net: loss(common.lower(net, plan.precision), *rest, key)
         gradient, losses = eqx.filter_grad(objective, has_aux=True)(state.net)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser,
                                                     eqx.filter(state.net, eqx.is_inexact_array))
@@ -323,7 +296,7 @@ def train(net, loss, arrays, rows, plan, *fixed):
     return state.ema, book.end()
 
 
-def stage_plan(args, stage):
+def stage_plan(args, stage, logit):
     """The plan of a stage, in a folder of its own. Stages before that of --stage are read there, and finished
     if need be; a state does not depend on the flags of later stages."""
     run, later = args.run / stage, STAGES[STAGES.index(stage) + 1:]
@@ -334,8 +307,8 @@ def stage_plan(args, stage):
         raise UserError(f"--stage {args.stage} needs {run}: train that stage first, with the same flags")
     # --resume may follow a kill before a later stage began
     resume = args.stage in later or args.resume and (saved or stage == "sum")
-    return common.plan(args)._replace(header=args.header | {"flags": flags}, run=run, resume=resume,
-                                      epochs=getattr(args, OWN[stage][0]))
+    header, epochs = args.header | {"flags": flags, "logit": logit._asdict()}, getattr(args, OWN[stage][0])
+    return common.plan(args)._replace(header=header, run=run, epochs=epochs, resume=resume)
 
 
 def train_stages(args, dataset, split, scaler):
@@ -345,20 +318,21 @@ def train_stages(args, dataset, split, scaler):
     c, key, found = data.conditions(dataset.particles, scaler), common.plan(args).keys[0], {"removals": {}}
     make = partial(NETWORKS[args.net], DETECTORS[args.detector], c.shape[1], logit, key=key)
     ready = partial(finish, args, scaler, data.select(dataset, split.validation), found)
-    arrays, sum_stage = (dataset.responses, c), partial(sum_loss, low=logit.low)
-    totals, found["sum"] = train(Mixture(c.shape[1], key), sum_stage, arrays, rows, stage_plan(args, "sum"))
+    arrays, loss = (dataset.responses, c), partial(sum_loss, low=logit.low)
+    plan = stage_plan(args, "sum", logit)
+    totals, found["sum"] = train(Mixture(c.shape[1], key), loss, arrays, rows, plan)
     if args.stage == "sum":
         return None, None, found
-    plan = stage_plan(args, "teacher")
+    plan = stage_plan(args, "teacher", logit)
     teacher, found["teacher"] = train(make("teacher"), teacher_loss, arrays, rows, plan)
-    chosen = ready(args.run / "teacher", Generator(totals, teacher))
+    chosen = ready(plan.run, Generator(totals, teacher))
     if args.stage == "teacher":
         return *chosen, found
     weights = np.ones(len(c), np.float32)
-    if args.diversity:
-        weights[rows] = diversity_weights(dataset.responses[rows], dataset.particles[rows])
+    if args.diversity:                                                         # [IAF, Eq. 3]
+        weights = papers.diversity_weights(dataset.responses, dataset.particles, rows)
     loss = partial(student_loss, channel_weight=args.channel_loss, light_weight=args.light_loss)
-    plan = stage_plan(args, "student")
+    plan = stage_plan(args, "student", logit)
     student, found["student"] = train(make("student"), loss, (*arrays, weights), rows, plan, teacher)
     other = ready(args.run, Generator(totals, student))
     return *(other if args.sampler == "student" else chosen), found
@@ -388,8 +362,7 @@ def finish(args, scaler, part, found, run, net):
 # makes the batch. A block gets the fibres in its own order, and the surroundings of each (D, N).
 
 class Mixture(eqx.Module):
-    """P(S | c): a mixture of logistic distributions of log S, cut into whole numbers. Returns log weights,
-    locations and log scales, (3, COMPONENTS)."""
+    """P(S | c), a mixture of logistic distributions of log S: log weights, locations, log scales, (3, K)."""
     layers: list
 
     def __init__(self, conditions, key, width=192):
@@ -501,12 +474,8 @@ class Block(eqx.Module):
         neighbours = jnp.stack([jnp.pad(seen, (n, 0))[:len(x)] for n in self.before], axis=-1)       # (D, 5)
         return self.head.numbers(ground, context, neighbours, jnp.cumsum(share) - share, e, total)
 
-    def __call__(self, x, near, e, total):
-        """y (D,) and the logs of dy/dx (D,)."""
-        return spline(x, self.numbers(x, near, e, total))
-
     def naive(self, y, near, e, total, fibres=None):
-        """x (D,) of block(x) = y, right in the first `fibres`: a full pass for each, as in flow libraries."""
+        """x (D,) of the block's y, right in the first `fibres`, by a full pass for each, as in libraries."""
         step = lambda _, x: inverse_spline(y, self.numbers(x, near, e, total))
         return jax.lax.fori_loop(0, len(y) if fibres is None else fibres, step, jnp.zeros_like(y))
 
@@ -526,15 +495,15 @@ class Block(eqx.Module):
             return (h, recent, used), jnp.stack(found)
 
         start = jnp.zeros(first.shape[1]), jnp.zeros(max(self.before)), jnp.zeros(())
-        groups = [a.reshape(len(last), -1, *a.shape[1:]) for a in (y, ground, first)]
+        size = len(y) // len(last)
+        groups = [a.reshape(len(last), size, *a.shape[1:]) for a in (y, ground, first)]
         return jax.lax.scan(step, start, (*groups, last, self.last_bias))[1].ravel()
 
 
 def arrange(a, order, back=False):
-    """Fibres, axis 0 of a (D, ...), in an order: "forwards", "backwards", or a number for a random one; or
-    `back` from it."""
-    if order in ("forwards", "backwards"):
-        return a if order == "forwards" else a[::-1]
+    """Fibres, axis 0 of a (D, ...), in an order or `back`: 1 forwards, -1 backwards, 2, 3, ... random."""
+    if abs(order) == 1:
+        return a[::order]
     places = np.random.default_rng(order).permutation(len(a))
     return a[np.argsort(places) if back else places]
 
@@ -554,45 +523,43 @@ class Flow(eqx.Module):
         self.orders = orders if kind == "teacher" else orders[::-1]
         keys, inputs = iter(jax.random.split(key, 2 + len(orders))), data.features(conditions) + 7
         self.embedding = [Linear(inputs, embedding, next(keys)), Linear(embedding, embedding, next(keys))]
-        near, sizes["width"] = self.near(jnp.zeros(conditions)), width or math.prod(detector.shape) // 20
-        self.blocks = [Block(detector, near.shape[1], embedding, logit, next(keys), **sizes) for _ in orders]
+        near = self.given(jnp.zeros(conditions), jnp.ones(()))[1].shape[1]
+        sizes["width"] = width or math.prod(detector.shape) // 20
+        self.blocks = [Block(detector, near, embedding, logit, next(keys), **sizes) for _ in orders]
 
-    def near(self, c):
-        """Surroundings of each fibre (D, 9): data.near_impact, and the logs of its wide bumps."""
-        near = data.near_impact(c, self.detector, 1)
-        return jnp.concatenate([near, jnp.log(near[:, 3::2]) / 4], axis=1)
-
-    def embed(self, c, total):
-        """Particle and photon sum as one vector (E,)."""
+    def given(self, c, total):
+        """Particle and photon sum as one vector (E,), and the surroundings of each fibre (D, 9):
+        data.near_impact with the logs of its wide bumps."""
         log_total = jnp.log(total)[None] / 2 - 2
         angles = log_total * 2.0 ** jnp.arange(3)
         h = jnp.concatenate([data.with_sinusoids(c), log_total, jnp.sin(angles), jnp.cos(angles)])
         for layer in self.embedding:
             h = jax.nn.silu(layer(h))
-        return h
+        near = data.near_impact(c, self.detector, 1)
+        return h, jnp.concatenate([near, jnp.log(near[:, 3::2]) / 4], axis=1)
 
     def __call__(self, x, c, total):
         """States (blocks + 1, D), x and what each block makes of it, and log |det| ()."""
-        e, near, states, log_det = self.embed(c, total), self.near(c), [x], 0.0
+        (e, near), states, log_det = self.given(c, total), [x], 0.0
         for order, block in zip(self.orders, self.blocks):
-            y, log_slopes = block(arrange(states[-1], order), arrange(near, order), e, total)
+            x = arrange(states[-1], order)
+            y, log_slopes = spline(x, block.numbers(x, arrange(near, order), e, total))
             states.append(arrange(y, order, back=True))
             log_det += log_slopes.sum()
         return jnp.stack(states), log_det
 
     def invert(self, y, c, total, how="incremental", **options):
         """x (D,) whose last state is y, `how` naive or incremental."""
-        e, near = self.embed(c, total), self.near(c)
+        e, near = self.given(c, total)
         for order, block in zip(self.orders[::-1], self.blocks[::-1]):
             x = getattr(block, how)(arrange(y, order), arrange(near, order), e, total, **options)
             y = arrange(x, order, back=True)
         return y
 
 
-NETWORKS = {
-    "local": partial(Flow, orders=("forwards", "backwards"), hidden=24, group=4, outputs=4),
-    "paper": partial(Flow, orders=("forwards", "backwards", 2, 3, 4, 5, 6, 7), width=1452, hidden=None,
-                     group=1, outputs=NUMBERS)}
+NETWORKS = {"local": partial(Flow, orders=(1, -1), hidden=24, group=4, outputs=4),
+            "paper": partial(Flow, orders=(1, -1, 2, 3, 4, 5, 6, 7), hidden=None, group=1, outputs=NUMBERS,
+                             width=1452)}
 
 
 class Generator(eqx.Module):

@@ -186,7 +186,7 @@ def make_optimiser(plan, steps):
 
 # same as fm.py: make_step
 def make_step(loss, optimiser, plan):
-    """step((*arrays, key, number), state) -> (state, losses): gradient, update and moving average, compiled."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
@@ -236,7 +236,7 @@ def stage_plans(plan, stage, flow_epochs):
 
 
 def encode_block(autoencoder, counts, c, key):
-    """Codes (B, 2, ...) of responses (B, H, W)."""
+    """Codes (B, 2, ...) of responses (B, H, W), for common.in_blocks; nothing is drawn with the key."""
     return jax.vmap(autoencoder.encode)(jnp.log1p(counts.astype(jnp.float32)), c).astype(jnp.float16)
 
 

@@ -460,10 +460,9 @@ def floor_pair(sample, ids, seed):
 
 
 def compare(pairs, particles, pdg, ids, codes, classifier, seed):
-    """Scores of pairs (real Sample, generated Sample, row numbers), as lists over the pairs by (section,
-    name): sections "scores", "terms", "marginals" and each code. `pairs` are functions that make one each,
-    called in two threads. The trainings of the classifier, each with its own rows and weights, are spread
-    over the pairs."""
+    """Scores of pairs (real Sample, generated Sample, row numbers), as lists by (section, name): sections
+    "scores", "terms", "marginals" and each code. `pairs` are functions that make one each, called in two
+    threads. The trainings of the classifier are spread over the pairs, with their own rows and weights."""
     found = defaultdict(list)
 
     def score(k, pair):
@@ -552,20 +551,22 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
                      "kpd_samples": min(5000, len(real)), "classifier": CLASSIFIER if classifier else None}
 
 
+def score_line(name, cell, note=""):
+    """A score as it is printed: value +- spread, oracle or floor, R."""
+    keys = ("value", ".4g"), ("oracle" if "oracle" in cell else "floor", ".4g"), ("R", ".2f")
+    value, reference, ratio = ("-" if cell[key] is None else f"{cell[key]:{form}}" for key, form in keys)
+    spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
+    return f"{name:<16}{value:>11} {spread:<12}{reference:>11}{ratio:>9}  {note}".rstrip()
+
+
 def print_table(scores, title):
-    """Print the result of evaluate: value +- spread, oracle or floor, R, and the interval or sample size."""
-    label = "oracle" if "oracle" in scores["W"] else "floor"
-
-    def line(name, cell, note=""):
-        value, reference, ratio = ("-" if cell[key] is None else f"{cell[key]:{form}}" for key, form in
-                                   (("value", ".4g"), (label, ".4g"), ("R", ".2f")))
-        spread = "" if cell["spread"] is None else f"+- {cell['spread']:.2g}"
-        print(f"{name:<16}{value:>11} {spread:<12}{reference:>11}{ratio:>9}  {note}".rstrip())
-
+    """Print the result of evaluate, with the interval or the size of the samples beside a score."""
+    line = lambda *words: print(score_line(*words))
     (low, high), size = scores["fpd_samples"], scores["kpd_samples"]
     notes = {"FPD": f"samples of {low} to {high} rows" + " (jetnet: 20000 to 50000)" * (high != 50_000),
              "KPD": f"samples of {size} rows" + " (jetnet: 5000)" * (size != 5000)}
     print(title + ": {rows} rows, {particles} particles, generations: {generations}".format(**scores))
+    label = "oracle" if "oracle" in scores["W"] else "floor"
     print(f"{'score':<16}{'value':>11} {'spread':<12}{label:>11}{'R':>9}  [68 % over particles]")
     for name in filter(scores.get, SCORES):
         interval = scores[name].get("interval")
@@ -677,8 +678,8 @@ def score_reconstruction(args, redraw, scaler, dataset, split):
     test = next(iter(data.test_sets(args, dataset, split).values()))
     c = data.conditions(test.particles, scaler)
     made = common.in_blocks(redraw, jax.random.key(args.seed), test.responses, c)
-    scores = quick_scores(args, test, made, "reconstruction")
-    return scores["W"] | {"W": scores["W"]["value"], "MAE": scores["MAE"]["value"]}
+    w, mean_error = quick_scores(args, test, made, "reconstruction").values()
+    return {"W": w["value"], "oracle": w["oracle"], "R": w["R"], "MAE": mean_error["value"]}
 
 
 def plot(folder, test, generated):

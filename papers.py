@@ -2,14 +2,15 @@
 
 The U-Net of flow matching and diffusion, the convolutional autoencoder of latent flow matching, the
 perceptual and adversarial terms with the gradient normalisation of [FM, Eq. 7], the blocks of [Comparison,
-Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All work on ONE example with channels last, (h, w, C); vmap
-makes the batch.
+Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All work on ONE example with
+channels last, (h, w, C); vmap makes the batch.
 """
 import math
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import data
 import metrics
@@ -18,8 +19,8 @@ from common import MLP, Linear, normal, normalise
 
 def convolve(x, kernel, stride=1):
     """x (H, W, C_in), kernel (k, k, C_in, C_out); channels last is the fast layout on CPU."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x[None], kernel, (stride, stride), "SAME", dimension_numbers=layout)[0]
+    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
+    return jax.lax.conv_general_dilated(x[None], kernel, strides, "SAME", dimension_numbers=layout)[0]
 
 
 def enlarge(x, shape):
@@ -44,7 +45,8 @@ class ResBlock(eqx.Module):
     def __init__(self, inputs, outputs, embedding, key):
         keys = jax.random.split(key, 4)
         self.norms = [eqx.nn.LayerNorm(inputs), eqx.nn.LayerNorm(outputs)]
-        self.kernels = [normal(keys[0], 3, 3, inputs, outputs), normal(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
+        self.kernels = [normal(keys[0], 3, 3, inputs, outputs),
+                        normal(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
         self.time = normal(keys[2], embedding, outputs)
         self.shortcut = None if inputs == outputs else normal(keys[3], inputs, outputs)
 
@@ -64,19 +66,20 @@ class Attention(eqx.Module):
 
     def __init__(self, inputs, width, embedding, key, heads=2):
         keys = jax.random.split(key, 3)
-        self.token, self.norm, self.heads = normal(keys[0], embedding, inputs), eqx.nn.LayerNorm(inputs), heads
-        self.qkv, self.out = normal(keys[1], inputs, 3 * width), normal(keys[2], width, inputs, scale=0.2 * width**-0.5)
+        self.token, self.heads = normal(keys[0], embedding, inputs), heads
+        self.norm, self.qkv = eqx.nn.LayerNorm(inputs), normal(keys[1], inputs, 3 * width)
+        self.out = normal(keys[2], width, inputs, scale=0.2 * width**-0.5)
 
     def __call__(self, x, t, c):
-        tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])               # (h w + 1, C)
+        tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])  # (h w + 1, C)
         h = attend(jax.vmap(self.norm)(tokens) @ self.qkv, self.heads) @ self.out
         return x + h[:-1].reshape(x.shape)
 
 
 def attend(qkv, heads):
     """Attention of every token to every token: queries, keys and values side by side (T, 3 C) -> (T, C)."""
-    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 0, 2)                                # (heads, T, d) each
-    scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)                   # (heads, T, T)
+    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 0, 2)  # (heads, T, d) each
+    scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)  # (heads, T, T)
     return jnp.einsum("hqk,hkd->qhd", scores, v).reshape(len(qkv), -1)
 
 
@@ -213,7 +216,7 @@ class MixerBlock(eqx.Module):
 # ---------------------------------------------------------- the convolutional autoencoder of [FM, appendix B]
 
 def in_fours(x):
-    """(H, W) -> (H / 2, W / 2, 4), the sides rounded up: a convolution of one channel at full size is the slowest of all."""
+    """(H, W) -> (H / 2, W / 2, 4), the sides rounded up: a convolution at full size is the slowest of all."""
     return data.to_patches(x, 2).reshape(*data.patch_grid(x.shape, 2), 4)
 
 
@@ -238,22 +241,23 @@ class ConvAutoencoder(eqx.Module):
         self.down = [normal(next(keys), 3, 3, 4, a), ConvBlock(None, a, next(keys)),
                      normal(next(keys), 3, 3, a, b), ConvBlock(None, b, next(keys))]
         self.code, self.enter = normal(next(keys), b, 2 * latent), normal(next(keys), latent, b)
-        self.up = [ConvBlock(None, b, next(keys)), normal(next(keys), 3, 3, b, a), ConvBlock(None, a, next(keys))]
+        self.up = [ConvBlock(None, b, next(keys)), normal(next(keys), 3, 3, b, a),
+                   ConvBlock(None, a, next(keys))]
         self.head = normal(next(keys), a, 4)
 
     def encode(self, x, c):
         """Mean and log of the standard deviation of the latent, (2, H / 4, W / 4, L)."""
         stem, first, half, second = self.down
-        h = first(convolve(in_fours(x).astype(stem.dtype), stem))                                    # (H / 2, W / 2, a)
-        h = second(convolve(h, half, stride=2)) @ self.code                                          # (H / 4, W / 4, 2 L)
+        h = first(convolve(in_fours(x).astype(stem.dtype), stem))  # (H / 2, W / 2, a)
+        h = second(convolve(h, half, stride=2)) @ self.code  # (H / 4, W / 4, 2 L)
         return jnp.stack(jnp.split(h, 2, axis=-1)).astype(jnp.float32)
 
     def decode(self, z, c):
         """Latent -> log response as one map, (1, H, W)."""
         first, wider, second = self.up
-        h = first(z.astype(self.enter.dtype) @ self.enter)                                           # (H / 4, W / 4, b)
-        h = second(convolve(enlarge(h, data.patch_grid(self.shape, 2)), wider))                      # (H / 2, W / 2, a)
-        fibres = (normalise(h) @ self.head).reshape(-1, 4)                                           # four of each place
+        h = first(z.astype(self.enter.dtype) @ self.enter)  # (H / 4, W / 4, b)
+        h = second(convolve(enlarge(h, data.patch_grid(self.shape, 2)), wider))  # (H / 2, W / 2, a)
+        fibres = (normalise(h) @ self.head).reshape(-1, 4)  # four of each place
         return data.from_patches(fibres, 2, self.shape).astype(jnp.float32)
 
 
@@ -314,7 +318,7 @@ unit_gradient.defvjp(lambda x: (x, None), unit_backward)
 
 
 def perceptual_loss(maps, real_maps):
-    """LPIPS (Zhang et al. 2018) without its weights: squared distance of features of unit length, mean over places, (B,)."""
+    """LPIPS (Zhang et al. 2018) without weights: mean squared distance of features of unit length, (B,)."""
     unit = lambda m: m / jnp.sqrt(jnp.sum(m**2, axis=-1, keepdims=True) + 1e-2)   # dark places are left alone
     return sum(jnp.sum((unit(m) - unit(r))**2, axis=-1).mean((1, 2)) for m, r in zip(maps, real_maps))
 
@@ -331,8 +335,9 @@ def judge(features, critic, seen, counts):
     frozen = jax.lax.stop_gradient
     real_maps, made_maps = frozen((real_maps, jax.vmap(features)(seen())[0]))
     maps = lambda: jax.vmap(frozen(features))(seen())[0]
-    fooled = -jax.vmap(frozen(critic))(maps()).mean(1)                                               # hinge loss, generator
-    hinge = jax.nn.relu(1 - jax.vmap(critic)(real_maps)).mean() + jax.nn.relu(1 + jax.vmap(critic)(made_maps)).mean()
+    fooled = -jax.vmap(frozen(critic))(maps()).mean(1)  # hinge loss, generator
+    real, made = jax.vmap(critic)(real_maps), jax.vmap(critic)(made_maps)
+    hinge = jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()
     regression = jnp.mean(jnp.square(found - quantities(counts)))
     return perceptual_loss(maps(), real_maps), fooled, {"features": regression, "critic": hinge}
 
@@ -369,7 +374,7 @@ class ParticleVQ(eqx.Module):
         return self.codebook.nearest(self.encode(c))
 
 
-# ---------------------------------------------------------------------- the MADE of flows, [Comparison, IAF]
+# ----------------------------------------------------------------------------------- flows, [Comparison, IAF]
 
 class DirectHead(eqx.Module):
     """Head of the published blocks of iaf.py: the outputs of the masked layers (D, K) are the numbers of the
@@ -383,3 +388,97 @@ class DirectHead(eqx.Module):
 
     def numbers(self, ground, context, neighbours, used, e, total):
         return context.astype(jnp.float32)
+
+
+def diversity_weights(responses, particles, rows, epsilon=0.1):
+    """f(c) = [1 / f_div(c)] |X_c| + eps of the given rows [IAF, Eq. 3], of mean 1, and 1 for others; float32
+    (N,). A particle of one row has no spread f_div: it gets the least weight."""
+    ids, weights = data.unique_particles(particles[rows])[0], np.ones(len(particles), np.float32)
+    groups = np.split(rows[np.argsort(ids, kind="stable")], np.cumsum(np.bincount(ids))[:-1])
+    # standard deviation over the rows of a particle, summed over fibres [Comparison, Eq. 4]
+    spread = np.array([responses[group].astype(np.float32).std(0).sum() for group in groups])
+    inverse = 1 / np.where(spread > 0, spread, np.inf)
+    low = inverse[spread > 0].min(initial=inverse.max())
+    scaled = np.clip((inverse - low) / ((inverse.max() - low) or 1.0), 0, 1)
+    found = (scaled * np.bincount(ids))[ids]
+    found = found / (found.mean() or 1.0) + epsilon
+    weights[rows] = found / found.mean()
+    return weights
+
+
+# ---------------------------------------------------- the prior of the tokens, [Comparison], [FM, appendix C]
+
+class CausalBlock(eqx.Module):
+    """Causal attention whose heads share keys and values (Shazeer 2019), which makes the cache a quarter as
+    large, and a feedforward layer."""
+    query: Linear
+    pair: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width, heads, key):
+        keys, self.heads = jax.random.split(key, 5), heads
+        self.query, self.pair = Linear(width, width, keys[0]), Linear(width, 2 * width // heads, keys[1])
+        self.out = Linear(width, width, keys[2], scale=0.3)
+        self.up, self.down = Linear(width, 4 * width, keys[3]), Linear(4 * width, width, keys[4], scale=0.3)
+
+    def __call__(self, h, cache, place):
+        """h (N, width) at the N places from `place` on, each of which sees itself and those before it, and
+        the cache with them: keys (D, M), which is faster than (M, D), and values (M, D)."""
+        x = normalise(h)
+        q, (k, v) = self.query(x).reshape(len(h), self.heads, -1), jnp.split(self.pair(x), 2, axis=1)
+        keys = jax.lax.dynamic_update_slice(cache[0], k.T, (0, place))
+        values = jax.lax.dynamic_update_slice(cache[1], v, (place, 0))
+        visible = jnp.arange(len(values)) <= place + jnp.arange(len(h))[:, None, None]    # (N, 1, M)
+        scores = jnp.where(visible, q @ keys / math.sqrt(len(keys)), -jnp.inf)            # (N, heads, M)
+        h = h + self.out((jax.nn.softmax(scores) @ values).reshape(len(h), -1))
+        return h + self.down(jnp.square(jax.nn.relu(self.up(normalise(h))))), (keys, values)
+
+
+class GPT(eqx.Module):
+    """Transformer on the tokens (P,) of one response, patch by patch, behind F vectors of the particle: each
+    place predicts the token of the next one. `grid` is vqgan.Grid, `particle(conditions, width, key)` makes
+    the network of those vectors."""
+    particle: eqx.Module
+    table: jax.Array
+    position: jax.Array
+    near: Linear
+    blocks: list
+    head: Linear
+    grid: tuple = eqx.field(static=True)
+
+    def __init__(self, particle, grid, key, width=128, depth=6, heads=4):
+        keys, (patches, near) = iter(jax.random.split(key, 4 + depth)), grid.sizes
+        self.grid, self.particle = grid, particle(grid.conditions, width, next(keys))
+        self.table = normal(next(keys), grid.codes, width, scale=0.5)
+        self.position = jnp.zeros((patches + (0 if grid.conditions else PARTICLE_TOKENS - 1), width))
+        self.near = Linear(near, width, next(keys))
+        self.head = Linear(width, grid.codes, next(keys), scale=0.1)
+        self.blocks = [CausalBlock(width, heads, k) for k in keys]
+
+    def prompt(self, c):
+        """Vectors of the particle (F, width), and what is added at each place, (F - 1 + P, width)."""
+        particle = self.particle(c)
+        added = self.near(self.grid.near(c)) + particle.mean(0)                # where a token is predicted
+        return particle, self.position.at[len(particle) - 1:].add(added)
+
+    def extend(self, h, caches, place):
+        """Logits (N, K) of vectors h (N, width) at the places from `place` on, and the caches with these."""
+        found = []
+        for block, cache in zip(self.blocks, caches):
+            h, cache = block(h, cache, place)
+            found.append(cache)
+        return self.head(normalise(h)), found
+
+    def caches(self, places):
+        """An empty cache of keys and values for each block."""
+        empty = jnp.zeros((places, self.blocks[0].pair.bias.size // 2), self.table.dtype)
+        return [(empty.T, empty)] * len(self.blocks)
+
+    def __call__(self, tokens, c):
+        """Logits (P, K) of each token (P,) from those before it."""
+        particle, added = self.prompt(c)
+        h = jnp.concatenate([particle, self.table[tokens[:-1]]]) + added
+        return self.extend(h, self.caches(len(h)), 0)[0][len(particle) - 1:]

@@ -80,7 +80,7 @@ def supervised_loss(net, counts, c, noise, likelihood):
 
 
 def noise_l2_loss(net, counts, c, noise, likelihood):
-    """A generator makes the latent of a particle, at best its mean: the target does not depend on the noise."""
+    """A generator makes the latent of a particle, at best its mean: the target is the same for all noise."""
     z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((net.generate(c, noise) - z)**2)
     return reconstruction_loss(net.decode(z, c), counts, likelihood), distance
@@ -184,16 +184,16 @@ def sample(net, c, key, likelihood):
 
 # same as fm.py: make_step
 def make_step(loss, optimiser, plan):
-    """step((counts, c, key, number), state) -> (state, losses): gradient, update and moving average, compiled once."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
-        counts, c, key, number = batch
-        objective = lambda net: loss(common.lower(net, plan.precision), counts, c,
-                                     jax.random.fold_in(key, number))
+        *arrays, key, number = batch
+        key = jax.random.fold_in(key, number)
+        objective = lambda net: loss(common.lower(net, plan.precision), *arrays, key)
         gradient, losses = eqx.filter_grad(objective, has_aux=True)(state.net)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser,
-                                                    eqx.filter(state.net, eqx.is_inexact_array))
+        weights = eqx.filter(state.net, eqx.is_inexact_array)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, weights)
         net = eqx.apply_updates(state.net, updates)
         ema = common.moving_average(state.ema, net, plan.ema, number)
         return common.State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
@@ -203,8 +203,7 @@ def make_step(loss, optimiser, plan):
 
 # same as fm.py: train
 def train(net, loss, arrays, rows, plan):
-    """Minimise loss(net, *batch, key) on the given rows of `arrays`, responses (N, H, W) and conditions (N,
-    C).
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`: responses (N, H, W), conditions (N, C).
 
     Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
     --seed and the number of the step, so that a run continued with --resume ends in the same numbers.

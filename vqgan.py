@@ -4,14 +4,12 @@ Stage 1 is an autoencoder whose latent is a grid of tokens. An encoder E makes a
 fibres, the nearest of 512 code vectors z replaces it, and a decoder makes the response x of the codes:
     z_q = argmin_z || E(x) - z ||                                 [Comparison, Eq. 5]
     L = -log p(x | z_q) + beta || E(x) - sg(z_q) ||^2             [Comparison, Eq. 6]
-The code vectors are moving averages of the vectors that they replace. Stage 2 is a prior: it draws the tokens
-t_1 ... t_T of a new particle c, a transformer one after the other (--prior gpt),
+The code vectors are moving averages of the vectors that they replace. Stage 2 is a prior of the tokens
+t_1 ... t_T of a particle c: a transformer (--prior gpt), which draws one after the other,
     L = -sum_i log p(t_i | t_1 ... t_(i-1), c)
-and our own (--prior masked) many at once in a few passes, as MaskGIT (Chang et al. 2022), but in a fixed
-order of patches that lie far apart, so that a pass is a small dense network.
-
-`--variant vqgan` adds the perceptual and adversarial terms of [FM, Eq. 7]. The papers use it with
-`--counts round --particle tokens --prior gpt`, and [Comparison] with `--tokens 36`.
+or ours (--prior masked), which draws many at once, as MaskGIT (Chang et al. 2022), but in a fixed order of
+patches that lie far apart, so that a pass is a small dense network. The papers use --prior gpt with
+--particle tokens, --counts round and the terms of [FM, Eq. 7] (--variant vqgan), [Comparison] --tokens 36.
 
     python vqgan.py --detector zn                                 both stages, 20 minutes on two CPU cores
     python vqgan.py --detector zn --stage 2 --prior gpt           another prior, same autoencoder
@@ -20,7 +18,6 @@ order of patches that lie far apart, so that a pass is a small dense network.
 Prints both trainings, the use of the codes, the score of the autoencoder alone, then every score of
 metrics.py beside its oracle; ends with `written: runs/vqgan-zn/`.
 """
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -60,8 +57,8 @@ def parse(argv):
                         help="get photon counts by drawing them from each fibre's distribution or by "
                              "rounding log1p responses (default: sample)")
     parser.add_argument("--particle", choices=("embed", "tokens"), default="embed",
-                        help="condition both stages on the particle's numbers (embed), or only the prior, on "
-                             "two tokens of a VQ-VAE of the particle (tokens) (default: embed)")
+                        help="condition both stages on the particle's numbers, or the prior alone on two "
+                             "tokens of a VQ-VAE of the particle (default: embed)")
     parser.add_argument("--prior", choices=PRIORS, default="masked",
                         help="network of stage 2: masked draws many tokens at once, gpt (1 million "
                              "parameters) and gpt-4m (4 million) one after the other (default: masked)")
@@ -115,8 +112,8 @@ def reconstruction_loss(maps, counts, how):
 
 
 def update_codebook(codebook, h, tokens, key):
-    """A step of the moving averages, with vectors h (N, D) of a batch and their tokens (N,). A dead code moves
-    to a vector that is far from its code: drawn by squared distance, as in k-means++."""
+    """A step of the moving averages, with vectors h (N, D) of a batch and their tokens (N,). A dead code is
+    revived on one of these vectors, drawn by the squared distance from its own code (as in k-means++)."""
     assigned = jnp.zeros_like(codebook.counts).at[tokens].add(1.0)
     counts = DECAY * codebook.counts + (1 - DECAY) * assigned
     sums = DECAY * codebook.sums + (1 - DECAY) * jnp.zeros_like(codebook.sums).at[tokens].add(h)
@@ -132,13 +129,6 @@ def usage(tokens, codes):
     """Perplexity of tokens (...), and the share of the codes that occur among them."""
     share = jnp.bincount(tokens.ravel(), length=codes) / tokens.size
     return {"perplexity": jnp.exp(jnp.sum(jax.scipy.special.entr(share))), "used": jnp.mean(share > 0)}
-
-
-def particle_loss(net, c):
-    """VQ-VAE of the conditions c (C,): squared error, commitment, encoder's vectors (2, D) and tokens (2,)."""
-    h = unit(net.encode(c))
-    codes, tokens, distance = quantise(net.codebook, h)
-    return jnp.mean(jnp.square(net.decode(codes) - c)), BETA * jnp.mean(distance), h, tokens
 
 
 def judged_loss(net, maps, commitment, counts, key, how):
@@ -179,21 +169,23 @@ def autoencoder_loss(net, counts, c, key, how):
         loss, judged = judged_loss(net, maps, commitment, counts, key, how)
         parts |= judged
     if net.particle is not None:
-        error, commitment, h, tokens = jax.vmap(partial(particle_loss, net.particle))(c)
-        loss += jnp.mean(error + commitment)
-        parts["particle"] = error.mean()
+        h = unit(jax.vmap(net.particle.encode)(c))
+        codes, tokens, distance = quantise(net.particle.codebook, h)
+        parts["particle"] = jnp.mean(jnp.square(jax.vmap(net.particle.decode)(codes) - c))
+        loss += parts["particle"] + BETA * distance.mean()                     # [Comparison, Eq. 6]
         quantised.append((h, tokens))
     return loss, (parts, [(h.reshape(-1, DIMENSION), tokens.ravel()) for h, tokens in quantised])
 
 
-def gpt_loss(prior, tokens, c):
-    """Cross entropy of the next token in nats, mean over the tokens (P,) of one response."""
-    return jnp.mean(cross_entropy(prior(tokens, c), tokens))
+def gpt_loss(prior, tokens, c, key):
+    """Cross entropy of the next token for one response with tokens (P,): its sum in nats over all tokens, and
+    their number."""
+    return cross_entropy(prior(tokens, c), tokens).sum(), len(tokens)
 
 
 def masked_loss(prior, tokens, c, key):
-    """Cross entropy in nats of the next tokens in `spread_order`, at most AHEAD, of one response (P,) of which
-    a random number of tokens are known: their sum, and how many they are."""
+    """The same where a random number of the tokens are known, over the next ones in `spread_order`, at most
+    AHEAD."""
     order, ahead = jnp.asarray(spread_order(prior.grid.shape)), min(AHEAD, len(tokens))
     known = jax.random.randint(key, (), 0, len(tokens))
     first = jnp.minimum(known, len(tokens) - ahead)
@@ -209,13 +201,10 @@ def cross_entropy(logits, tokens):
 
 def prior_loss(net, tokens, c, key):
     """Stage 2: loss of tokens (B, P) and what the prior is conditioned on, c (B, ...), and its parts."""
-    tokens = tokens.astype(jnp.int32)
-    if isinstance(net, Masked):
-        nats, numbers = jax.vmap(partial(masked_loss, net))(tokens, c, jax.random.split(key, len(c)))
-        loss = nats.sum() / numbers.sum()
-    else:
-        loss = jax.vmap(partial(gpt_loss, net))(tokens, c).mean()
-    return loss, ({"nats per token": loss}, [])
+    loss, keys = masked_loss if isinstance(net, Masked) else gpt_loss, jax.random.split(key, len(c))
+    nats, number = jax.vmap(partial(loss, net))(tokens.astype(jnp.int32), c, keys)
+    nats = nats.sum() / number.sum()
+    return nats, ({"nats per token": nats}, [])
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -266,9 +255,13 @@ def generate_gpt(prior, c, key, temperature, top_k):
         tokens = draw_tokens(logits, key, temperature, top_k)
         return (prior.table[tokens], caches), tokens[:, 0]
 
+    def grow(cache, n):
+        keys, values = cache
+        return jnp.pad(keys, ((0, 0), (0, 0), (0, n))), jnp.pad(values, ((0, 0), (0, n), (0, 0)))
+
     h, found, keys = particle[:, first:], [], jax.random.split(key, added.shape[1] - first)
     for part in np.array_split(np.arange(len(keys)), SEGMENTS):
-        caches = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, len(part)), (0, 0))), caches)
+        caches = [grow(cache, len(part)) for cache in caches]
         (h, caches), tokens = jax.lax.scan(draw_next, (h, caches), (first + part, keys[part]))
         found.append(tokens)                                         # (part, B)
     return jnp.concatenate(found).T
@@ -316,14 +309,14 @@ def make_optimiser(plan, steps):
 
 
 def codebooks(net):
-    """The codebooks of a network: an autoencoder has one or two, a prior none."""
-    owners = (net, net.particle) if isinstance(net, Autoencoder) else ()
-    return [owner.codebook for owner in owners if owner is not None]
+    """All codebooks of a network: an autoencoder has one or two, a prior none."""
+    is_book = lambda node: isinstance(node, Codebook)
+    return [node for node in jax.tree.leaves(net, is_leaf=is_book) if is_book(node)]
 
 
 def make_step(loss, optimiser, plan):
-    """step((batch, c, key, number), state) -> (state, losses): gradient, update, codebooks and moving average,
-    compiled once. Codebooks are averages: they stay in float32, and the optimiser does not change them."""
+    """step((batch, c, key, number), state) -> (state, losses): gradient, update, moving average, codebooks,
+    compiled once. The codebooks are averages: they stay in float32, and no optimiser changes them."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
@@ -336,7 +329,8 @@ def make_step(loss, optimiser, plan):
                                                     eqx.filter(state.net, eqx.is_inexact_array))
         net = eqx.apply_updates(state.net, updates)
         ema = common.moving_average(state.ema, net, plan.ema, number)
-        books = [update_codebook(book, *found, code_key) for book, found in zip(codebooks(state.net), quantised)]
+        books = [update_codebook(book, h, tokens, code_key)
+                 for book, (h, tokens) in zip(codebooks(state.net), quantised)]
         net, ema = eqx.tree_at(codebooks, net, books), eqx.tree_at(codebooks, ema, books)
         return common.State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
 
@@ -392,7 +386,7 @@ class Grid(NamedTuple):
         return data.patch_grid(self.detector.shape, self.size)
 
     def near(self, c):
-        """Where each patch lies relative to the impact points, (P, N); N = 0 if the networks do not see them."""
+        """data.near_impact of each patch, (P, N); N = 0 where the networks do not see the impact points."""
         return data.near_impact(c[:self.conditions], self.detector, self.size)
 
     @property
@@ -452,19 +446,21 @@ class Dense(eqx.Module):
         self.enter = Linear(inputs * patches, width, next(keys))
         self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
         self.leave, self.position = Linear(width, up * patches, next(keys)), jnp.zeros((patches, hidden))
-        self.local, self.modulation = Linear(up + own, hidden, next(keys)), Linear(width, 2 * hidden, next(keys))
+        self.local = Linear(up + own, hidden, next(keys))
+        self.modulation = Linear(width, 2 * hidden, next(keys))
         self.head = MLP(next(keys), hidden, middle, outputs)
 
     def __call__(self, x, e, own, places=slice(None)):
-        """Inputs (P, ...), embedding and each patch's own input (P, own) -> outputs (M, outputs) at M places."""
+        """Outputs (M, outputs) at M `places`, from inputs x (P, inputs), an embedding e and what each patch
+        has of its own, (P, own)."""
         h = self.enter(x.ravel())                                              # (width,)
         for block in self.blocks:
             h = block(h, e)
         h = normalise(h)
-        own = jnp.concatenate([self.leave(h).reshape(len(own), -1), own], axis=1)[places]          # (M, up + own)
+        own = jnp.concatenate([self.leave(h).reshape(len(own), -1), own], axis=1)
         scale, shift = jnp.split(self.modulation(h), 2)
-        h = (self.local(own) + self.position[places]) * (1 + scale) + shift                        # (M, hidden)
-        return self.head(jax.nn.silu(h))
+        h = (self.local(own[places]) + self.position[places]) * (1 + scale) + shift
+        return self.head(jax.nn.silu(h))                                       # (M, hidden) -> (M, outputs)
 
 
 class Decoder(eqx.Module):
@@ -477,17 +473,18 @@ class Decoder(eqx.Module):
         keys, (patches, near) = iter(jax.random.split(key, 6 + depth)), grid.sizes
         self.grid, self.embedding = grid, Embedding(grid.conditions, embedding, next(keys))
         outputs = (1 if how == "round" else 3) * grid.size**2
-        self.dense = Dense(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden, 64, embedding)
+        self.dense = Dense(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden, 64,
+                           embedding)
 
     def __call__(self, codes, c):
         own = jnp.concatenate([codes, self.grid.near(c)], axis=1)
-        fibres = self.dense(codes, self.embedding(0.0, c[:self.grid.conditions]), own)             # (P, M size^2)
+        fibres = self.dense(codes, self.embedding(0.0, c[:self.grid.conditions]), own)   # (P, M size^2)
         return data.from_patches(fibres, self.grid.size, self.grid.detector.shape).astype(jnp.float32)
 
 
 class Codebook(eqx.Module):
-    """K code vectors as moving averages: the sum of the vectors that each replaces per step, (K, D), and their
-    number (K,); 0 makes a code dead until the first batch."""
+    """K code vectors as moving averages: the sum of the vectors that each replaces in a step, (K, D), and
+    their number, (K,). Every code is dead until the first batch."""
     sums: jax.Array
     counts: jax.Array
 
@@ -533,7 +530,7 @@ class Autoencoder(eqx.Module):
 
 
 class Particle(eqx.Module):
-    """What a prior is conditioned on, as vectors (F, width): one of conditions (C,), or one per token (2,)."""
+    """Vectors (F, width) of what a prior is conditioned on: one of conditions (C,), or one per token (2,)."""
     net: Embedding | jax.Array
 
     def __init__(self, conditions, width, key):
@@ -543,82 +540,6 @@ class Particle(eqx.Module):
     def __call__(self, c):
         embed = isinstance(self.net, Embedding)
         return self.net(0.0, c)[None] if embed else self.net[jnp.arange(len(c)), c]
-
-
-class CausalBlock(eqx.Module):
-    """Causal attention whose heads share keys and values (Shazeer 2019), which makes the cache a quarter as
-    large, and a feedforward layer."""
-    query: Linear
-    pair: Linear
-    out: Linear
-    up: Linear
-    down: Linear
-    heads: int = eqx.field(static=True)
-
-    def __init__(self, width, heads, key):
-        keys, self.heads = jax.random.split(key, 5), heads
-        self.query, self.pair = Linear(width, width, keys[0]), Linear(width, 2 * width // heads, keys[1])
-        self.out = Linear(width, width, keys[2], scale=0.3)
-        self.up, self.down = Linear(width, 4 * width, keys[3]), Linear(4 * width, width, keys[4], scale=0.3)
-
-    def __call__(self, h, cache, place):
-        """h (N, width) at N places from `place` on, which see themselves and all before them. Keys and values
-        (M, D) of those are in the cache; returns h and the cache with its own."""
-        x = normalise(h)
-        q = self.query(x).reshape(len(h), self.heads, -1)                                          # (N, heads, D)
-        k, v = cache = tuple(jax.lax.dynamic_update_slice(old, new, (place, 0))
-                             for old, new in zip(cache, jnp.split(self.pair(x), 2, axis=1)))
-        visible = jnp.arange(len(k)) <= place + jnp.arange(len(h))[:, None]                        # (N, M)
-        scores = jnp.einsum("nhd,md->nhm", q, k) / math.sqrt(k.shape[1])
-        seen = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf)) @ v                   # (N, heads, D)
-        h = h + self.out(seen.reshape(len(h), -1))
-        return h + self.down(jnp.square(jax.nn.relu(self.up(normalise(h))))), cache
-
-
-class GPT(eqx.Module):
-    """Transformer on the tokens of the patches, row by row, behind the F vectors of the particle. Each place
-    predicts the token of the next one."""
-    particle: Particle
-    table: jax.Array
-    position: jax.Array
-    near: Linear
-    blocks: list
-    head: Linear
-    grid: Grid = eqx.field(static=True)
-
-    def __init__(self, grid, key, width=128, depth=6, heads=4):
-        keys, (patches, near) = iter(jax.random.split(key, 4 + depth)), grid.sizes
-        self.grid, self.particle = grid, Particle(grid.conditions, width, next(keys))
-        self.table = common.normal(next(keys), grid.codes, width, scale=0.5)
-        self.position = jnp.zeros((patches + (0 if grid.conditions else papers.PARTICLE_TOKENS - 1), width))
-        self.near = Linear(near, width, next(keys))
-        self.head = Linear(width, grid.codes, next(keys), scale=0.1)
-        self.blocks = [CausalBlock(width, heads, k) for k in keys]
-
-    def prompt(self, c):
-        """Vectors of the particle (F, width), and what is added at each place, (F - 1 + P, width)."""
-        particle = self.particle(c)
-        added = self.near(self.grid.near(c)) + particle.mean(0)                # where a token is predicted
-        return particle, self.position.at[len(particle) - 1:].add(added)
-
-    def extend(self, h, caches, place):
-        """Logits (N, K) of vectors h (N, width) at the places from `place` on, and the caches with these."""
-        found = []
-        for block, cache in zip(self.blocks, caches):
-            h, cache = block(h, cache, place)
-            found.append(cache)
-        return self.head(normalise(h)), found
-
-    def caches(self, places):
-        """An empty cache of keys and values for each block."""
-        empty = jnp.zeros((places, self.blocks[0].pair.bias.size // 2), self.table.dtype)
-        return [(empty, empty)] * len(self.blocks)
-
-    def __call__(self, tokens, c):
-        """Logits (P, K) of each token (P,) from those before it."""
-        particle, added = self.prompt(c)
-        h = jnp.concatenate([particle, self.table[tokens[:-1]]]) + added
-        return self.extend(h, self.caches(len(h)), 0)[0][len(particle) - 1:]
 
 
 def spread_order(shape):
@@ -641,19 +562,23 @@ class Masked(eqx.Module):
         keys, (patches, near) = iter(jax.random.split(key, 8 + depth)), grid.sizes
         self.grid, self.particle = grid, Particle(grid.conditions, embedding, next(keys))
         self.table = jax.random.normal(next(keys), (grid.codes + 1, own))      # the last vector: unknown
-        self.dense = Dense(own, near + 9 * own, grid.codes, patches, keys, width, depth, hidden, 128, embedding)
+        self.dense = Dense(own, near + 9 * own, grid.codes, patches, keys, width, depth, hidden, 128,
+                           embedding)
 
     def __call__(self, tokens, known, places, c):
-        """Logits (M, K) at `places` (M,), if the first `known` () of tokens (P,) in spread_order are known."""
+        """Logits (M, K) at `places` (M,), with the first `known` () of tokens (P,) in spread_order known."""
         rank, (width, height) = np.argsort(spread_order(self.grid.shape)), self.grid.shape
-        vectors = self.table[jnp.where(rank < known, tokens, len(self.table) - 1)]                 # (P, own)
+        vectors = self.table[jnp.where(rank < known, tokens, len(self.table) - 1)]        # (P, own)
         padded = jnp.pad(vectors.reshape(width, height, -1), ((1, 1), (1, 1), (0, 0)))
-        around = [padded[i:i + width, j:j + height].reshape(len(tokens), -1) for i in range(3) for j in range(3)]
-        own = jnp.concatenate([self.grid.near(c), *around], axis=1)                                # (P, N + 9 own)
+        around = [padded[i:i + width, j:j + height].reshape(len(tokens), -1)
+                  for i in range(3) for j in range(3)]
+        own = jnp.concatenate([self.grid.near(c), *around], axis=1)                       # (P, N + 9 own)
         return self.dense(vectors, self.particle(c).mean(0), own, places)
 
 
-PRIORS = {"gpt": GPT, "gpt-4m": partial(GPT, width=256), "masked": Masked}     # 1, 4 and 1.5 million parameters
+# of about 1, 4 and 1.5 million parameters
+PRIORS = {"gpt": partial(papers.GPT, Particle), "gpt-4m": partial(papers.GPT, Particle, width=256),
+          "masked": Masked}
 
 
 class VQGAN(eqx.Module):
@@ -675,13 +600,15 @@ def train_stages(args, grid, dataset, split, scaler):
     of the training: times, use of the codes, and the score of the autoencoder."""
     rows, c = split.train, data.conditions(dataset.particles, scaler)
     if not 2 <= args.prior_batch <= len(rows) or args.prior_batch % args.devices:
-        raise UserError(f"--prior-batch {args.prior_batch}: expected 2 to {len(rows)}, the training rows, and "
-                        "a multiple of --devices")
+        raise UserError(f"--prior-batch {args.prior_batch}: expected 2 to {len(rows)}, the training rows, "
+                        "and a multiple of --devices")
     first, second = stage_plans(common.plan(args), args.stage, args.prior_epochs, args.prior_batch)
+    loss = partial(autoencoder_loss, how=args.counts)
     net = Autoencoder(grid, c.shape[1], args.counts, args.variant, first.keys[0])
-    net, times = train(net, partial(autoencoder_loss, how=args.counts), (dataset.responses, c), rows, first)
-    tokens = common.in_blocks(eqx.filter_jit(eqx.Partial(encode_block, net)), jax.random.key(0), dataset.responses, c)
-    found, given = {"stage1": times, "codebook": print_usage("patches", tokens[rows], grid.codes)}, c
+    net, times = train(net, loss, (dataset.responses, c), rows, first)
+    encode = eqx.filter_jit(eqx.Partial(encode_block, net))
+    tokens, given = common.in_blocks(encode, jax.random.key(0), dataset.responses, c), c
+    found = {"stage1": times, "codebook": print_usage("patches", tokens[rows], grid.codes)}
     if net.particle is not None:
         given = np.asarray(eqx.filter_jit(jax.vmap(net.particle.tokens))(c))
         found["particle codebook"] = print_usage("particles", given[rows], papers.PARTICLE_CODES)
@@ -689,29 +616,28 @@ def train_stages(args, grid, dataset, split, scaler):
     found["reconstruction"] = metrics.score_reconstruction(args, redraw, scaler, dataset, split)
     if args.stage == "1":
         return None, found
-    prior, found["stage2"] = train(PRIORS[args.prior](grid, second.keys[0]), prior_loss, (tokens, given), rows, second)
-    found["train_seconds"] = found["stage1"]["train_seconds"] + found["stage2"]["train_seconds"]
-    return VQGAN(net, prior), found
+    prior, times = train(PRIORS[args.prior](grid, second.keys[0]), prior_loss, (tokens, given), rows, second)
+    seconds = found["stage1"]["train_seconds"] + times["train_seconds"]
+    return VQGAN(net, prior), found | {"stage2": times, "train_seconds": seconds}
 
 
 def print_usage(name, tokens, codes):
-    """The `usage` of codes by all tokens (N, ...), printed, with a warning if only few codes are used."""
-    found = {name: float(value) for name, value in usage(jnp.asarray(tokens), codes).items()}
-    print(f"{'COLLAPSED: ' if found['used'] < 0.1 else ''}{name}: {100 * found['used']:.1f} % of {codes} codes "
-          f"used, perplexity {found['perplexity']:.1f}")
+    """The `usage` of the codes over the tokens of all responses, printed, with a warning of a collapse."""
+    found = {score: float(value) for score, value in usage(jnp.asarray(tokens), codes).items()}
+    warning = "COLLAPSED: " if found["used"] < 0.1 else ""
+    print(f"{warning}{name}: {100 * found['used']:.1f} % of {codes} codes used, "
+          f"perplexity {found['perplexity']:.1f}")
     return found
 
 
 def cost(net, conditions, steps):
-    """{"parameters", "mflop", "evaluations"} of a response: the prior, as often as it is evaluated, and the
-    decoder."""
+    """{"parameters", "mflop", "evaluations"} of a response: all evaluations of the prior, and the decoder."""
     order, c = spread_order(net.decoder.grid.shape), jnp.zeros(conditions)
     tokens, given = jnp.zeros(len(order), jnp.int32), c if net.particle is None else net.particle.tokens(c)
+    stages, calls = order, [eqx.Partial(net.prior, tokens, given)]             # the cache: each place once
     if isinstance(net.prior, Masked):
         stages = passes(len(order), steps)
         calls = [eqx.Partial(net.prior, tokens, known, order[known:end], given) for known, end in stages]
-    else:
-        stages, calls = order, [eqx.Partial(net.prior, tokens, given)]         # the cache: each place once
     calls.append(eqx.Partial(net.decoder, net.codes[tokens], c))
     mflop = sum(common.network_cost(call)["mflop"] for call in calls)
     return {"parameters": common.count_parameters(net), "mflop": mflop, "evaluations": len(stages)}

@@ -1,14 +1,13 @@
-"""Tables and numbers of README.md, docs/RESULTS.md and docs/DATA.md, from weights/*.json and
-benchmarks/results/.
+"""The tables and numbers in README.md, docs/RESULTS.md and docs/DATA.md.
 
-    python -m benchmarks.docs              write them into the documents
+    python -m benchmarks.docs              write them from weights/*.json and benchmarks/results/*.json
     python -m benchmarks.docs --check      exit code 1 if a document is not up to date
 
-A table stands between the markers `<!-- name -->` and `<!-- /name -->`, a number of the text behind the
-marker `<!-- {path:format} -->` and before `<!-- / -->`: {fm_zn.seen.W.R:.2f} is a number of
-weights/fm-zn.json, {counts_zn[sample].seen.W.R:.2f} one of the row "sample" of
-benchmarks/results/counts-zn.json.
+A table stands between the markers `<!-- name -->` and `<!-- /name -->`, a number of the text between
+`<!-- {path:format} -->` and `<!-- / -->`: {fm_zn.seen.W.R:.2f} is a number of weights/fm-zn.json,
+{counts_zn[sample].seen.W.R:.2f} one of the row "sample" of benchmarks/results/counts-zn.json.
 """
+import argparse
 import json
 import re
 import sys
@@ -17,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common
+import metrics
 from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = "README.md", "docs/RESULTS.md", "docs/DATA.md"
-DETECTORS = "zn", "zp"
 
 
 # ---------------------------------------------------------------------------------------------------- columns
@@ -30,8 +29,8 @@ DETECTORS = "zn", "zp"
 def at(path, form=".2f", scale=1):
     """The column of the numbers at a path such as "seen.W.R"; "-" where a row has none."""
     def text(row):
-        for key in path.split("."):
-            row = (row or {}).get(key)
+        for name in path.split("."):
+            row = (row or {}).get(name)
         return "-" if row is None else f"{scale * row:{form}}"
     return text
 
@@ -68,7 +67,7 @@ AUC = {"AUC low": at("seen.AUC_low.value", ".3f"), "AUC high": at("seen.AUC_high
 
 def load(root, folder, names):
     """The JSON files of those names, for both detectors, where they exist."""
-    paths = [root / folder / f"{name}-{detector}.json" for name in names for detector in DETECTORS]
+    paths = [root / folder / f"{name}-{detector}.json" for name in names for detector in ("zn", "zp")]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     return [result | {"detector": result["detector"].upper()} for result in found]
 
@@ -76,7 +75,7 @@ def load(root, folder, names):
 def source(result):
     """The line below a table: detector, rows, oracle, device, version and command."""
     rows, first = result["rows"], result["rows"][0]
-    counted = [part for part in ("seen", "validation") if part in first and part in first["rows"]]
+    counted = [part for part in ("seen", "validation") if part in first.get("rows", {})]
     scores = first.get("seen") or first.get("validation") or {}
     oracle = {name: scores.get(name, {}).get("oracle") for name in ("W", "MAE")}
     parts = [result["detector"]]
@@ -111,17 +110,14 @@ def models(root, columns, choose=lambda row: True):
     return markdown(MODEL | columns, filter(choose, trained(root)))
 
 
-in_weights = lambda row: "script" in row
-
-SUMMARY = {"W": at("seen.W.value"), "oracle": at("seen.W.oracle"), "R, seen particles": at("seen.W.R"),
+SUMMARY = {"W": TEST["W"], "oracle": at("seen.W.oracle"), "R, seen particles": TEST["R"],
            "R, unseen": at("unseen.W.R"), **AUC, "ms per response, batch 256": MS,
            "batch 1": at("ms_per_response.1"), "training, min": MINUTES}
 COMMANDS = {"measured with": lambda row: f"{row['device']}, version {row['measured_with']}",
             "command": lambda row: f"`{row['command']}`"}
 TIMES = {f"batch {size}": at(f"ms_per_response.{size}", ".3f") for size in common.BATCHES}
-RECONSTRUCTIONS = {name: at(f"reconstruction.{name}") for name in ("W", "oracle", "R", "MAE")} | {
-    "test rows": at("rows.seen", "d"), "whole model: W": at("seen.W.value"), "whole model: R": at("seen.W.R"),
-    "whole model: MAE (oracle)": beside("seen.MAE")}
+RECONSTRUCTIONS = {name: at(f"reconstruction.{name}") for name in ("W", "oracle", "R", "MAE")}
+RECONSTRUCTIONS |= {f"whole model: {name}": TEST[name] for name in ("W", "R", "MAE")}
 
 
 def scored(part):
@@ -133,15 +129,25 @@ def scored(part):
             "lit % (real)": beside(f"{part}.marginals.lit_percent", reference="real")}
 
 
-PARTS = {"particles": key("particles"), "test rows": key("test rows"), **scored("scores")}
-SCORES = MODEL | PARTS | {"ms per response": MS, "parameters": key("parameters"), "training, min": MINUTES}
+SCORES = MODEL | {"particles": key("particles"), "test rows": key("test rows"), **scored("scores"),
+                  "ms per response": MS, "parameters": key("parameters"), "training, min": MINUTES}
 
 
-def parts(root, columns, choose=lambda row: True):
-    """A row for the seen and one for the unseen particles of the trained models that `choose` picks."""
+def parts(root):
+    """A row for the seen and one for the unseen particles of each trained model."""
     rows = [row | {"particles": part, "scores": row[part], "test rows": row["rows"][part]}
-            for row in filter(choose, trained(root)) for part in ("seen", "unseen") if row.get(part)]
-    return markdown(columns, rows)
+            for row in trained(root) for part in ("seen", "unseen") if row.get(part)]
+    return markdown(SCORES, rows)
+
+
+def printed(root):
+    """Some of the lines that the command of README prints."""
+    [row] = [row for row in trained(root) if row["label"] == "fm, default flags" and row["detector"] == "ZN"]
+    lines = []
+    for part in ("seen", "unseen"):
+        lines.append(f"ZN, {part} particles, {row['evaluations']} evaluations each: {row['rows'][part]} rows")
+        lines += [metrics.score_line(name, row[part][name]) for name in ("W", "MAE", "AUC_low", "AUC_high")]
+    return "```\n" + "\n".join(lines) + "\n```\n"
 
 
 # ----------------------------------------------------------------------------------------- tables of commands
@@ -155,10 +161,9 @@ DISPERSION = {f"dispersion{kind.replace('_', ', ')} (oracle)": beside(f"seen.dis
               for kind in ("", "_gamma", "_n", "_p", "_Lambda")}           # of all, in version 0.1.0 by type
 ADVERSARIES = {"model": key("label"), **PUBLISHED, **TEST, **AUC, **DISPERSION, "factor": at("factor"),
                "training, min": MINUTES}
-STEPS = {"flags": key("label"), "evaluations": key("evaluations"), "W": at("validation.W.value"),
-         "R": at("validation.W.R"), "MAE": at("validation.MAE.value"), "ms per response": MS}
-
-
+STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
+         "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
+         "MAE": at("validation.MAE.value"), "ms per response": MS}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
 STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
             "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}
@@ -168,11 +173,6 @@ def students(result):
     """Rows for the predicted photon sums and, where they were scored, for the true ones."""
     return [row | {"scores": row[part], "sums": sums} for row in result["rows"]
             for part, sums in (("true_sums", "true"), ("seen", "predicted")) if part in row]
-
-
-def passes(result):
-    """The rows that draw from the prior itself."""
-    return [row for row in result["rows"] if "temperature 1, top-k 0" in row["label"]]
 
 
 TEMPERATURES = {"top-k": key("top-k")}
@@ -221,7 +221,8 @@ def tokens(result):
 FLOWS = {"flow": key("flow"), "photon sums": key("sums"),
          **{name: at(name) for name in ("W", "R", *CONDITIONAL)},
          "ms per response": at("ms", ".3f"), "times faster than naive": at("ratio", ".0f")}
-LIKELIHOODS = {"detector": key("detector"), "bits per fibre of the teacher": at("bits_per_fibre", ".4f"),
+LIKELIHOODS = {"detector": key("detector"), "test rows": key("test_rows"),
+               "bits per fibre, teacher": at("bits_per_fibre", ".4f"),
                "ms per response, naive teacher": at("speed.ms.naive", ".0f"),
                "photon sums alone: W": at("sums.W"), "oracle W": at("sums.oracle_W"),
                "MAE": at("sums.MAE"), "oracle MAE": at("sums.oracle_MAE")}
@@ -231,10 +232,11 @@ REMOVALS = {"detector": key("detector"), "flow": key("flow"), "--removal": key("
 
 
 def flows(result):
-    """Both flows and the time of their samplers."""
-    samplers, speed = {"teacher": "incremental", "student": "student"}, result["speed"]
-    return [row | {name: speed[name].get(samplers.get(row["flow"])) for name in ("ms", "ratio")}
-            for row in result["rows"]]
+    """Both flows with the time of their samplers."""
+    ms = result["speed"]["ms"]
+    times = {"teacher": ms["incremental"], "student": ms["student"]}
+    return [row | ({"ms": times[row["flow"]], "ratio": ms["naive"] / times[row["flow"]]}
+                   if row["flow"] in times else {}) for row in result["rows"]]
 
 
 def removals(root):
@@ -247,9 +249,9 @@ def removals(root):
 
 CHECK = {"row": key("label"), "published": at("published", ".4g"), "ours": at("ours", ".4g"),
          "band": key("band"), "": lambda row: {True: "in", False: "**out**", None: "not run"}[row["in"]]}
-CHANNELS = {"model": key("label"), "published W": at("published"), "W": at("seen.W.value"),
-            "R": at("seen.W.R"), "MAE": at("seen.MAE.value"), "W, unseen particles": at("unseen.W.value"),
-            "R, unseen": at("unseen.W.R"), "fit, s": at("fit_seconds", ".0f")}
+CHANNELS = {"model": key("label"), "published W": at("published"), **TEST,
+            "W, unseen particles": at("unseen.W.value"), "R, unseen": at("unseen.W.R"),
+            "fit, s": at("fit_seconds", ".0f")}
 
 
 def check(root):
@@ -260,10 +262,11 @@ def check(root):
 
 # -------------------------------------------------------------------------------------------------- documents
 
+in_weights = lambda row: "script" in row
 TABLES = {
     "results": partial(models, columns=SUMMARY, choose=in_weights),
-    "expected": partial(parts, columns=PARTS, choose=lambda row: row["label"] == "fm, default flags"),
-    "scores": partial(parts, columns=SCORES),
+    "expected": printed,
+    "scores": parts,
     "commands": partial(models, columns=COMMANDS),
     "times": partial(models, columns=TIMES, choose=in_weights),
     "reconstructions": partial(models, columns=RECONSTRUCTIONS, choose=lambda row: "reconstruction" in row),
@@ -273,7 +276,8 @@ TABLES = {
     "stabilisers": lambda root: tabled(root, "stabilisers", columns=ADVERSARIES),
     "students": lambda root: tabled(root, "students", columns=STUDENTS, rows=students),
     "steps": lambda root: tabled(root, "fm-sweep", "latent_fm-sweep", "diffusion-sweep", columns=STEPS),
-    "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=passes),
+    "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=lambda result: [
+        row for row in result["rows"] if "temperature 1, top-k 0" in row["label"]]),
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
     "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
@@ -318,7 +322,7 @@ def filled(text, root):
 
 def main(argv=None, root=ROOT):
     """Write the documents, or check them."""
-    parser = common.parser(__doc__, "docs", flags=())
+    parser = argparse.ArgumentParser(prog="docs", description="Write the tables into the documents.")
     parser.add_argument("--check", action="store_true", help="name the documents that are not up to date")
     args, stale = parser.parse_args(argv), []
     for name in DOCUMENTS:

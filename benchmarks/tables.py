@@ -3,13 +3,10 @@
     python -m benchmarks.tables                           list the tables and their commands
     python -m benchmarks.tables counts --detector zn      run a table, row by row
 
-A row whose run folder holds the metrics.json of the same command is not run again, one that was cut off is
-resumed, and one that fails is reported at the end. After each row its scores are collected in
-benchmarks/results/TABLE-DETECTOR.json, beside the figures published for GEANT data. `results` trains the
-models of weights/: copy model.eqx and metrics.json of a run folder there to publish them.
-
-Comparisons of costs need one process, in which all take turns: `networks`, `tokens` and `flows` are
-functions.
+A row whose run folder holds the metrics.json of its command is not run again, one that was cut off is
+resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
+GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
+them. `networks`, `tokens` and `flows` compare costs in one process, in which all take turns.
 """
 import itertools
 import json
@@ -145,14 +142,14 @@ def run_row(command, root):
 
     def done():
         result = read(folder / "metrics.json")
-        return result if result and result["command"].removesuffix(" --resume") == command else None
+        return result if result and result["command"] in (command, f"{command} --resume") else None
 
     if result := done():
         return result
-    cut_off = not (folder / "metrics.json").exists() and any(folder.rglob("state.eqx"))
-    words = shlex.split(command)[1:] + ["--resume"] * cut_off
-    print(shlex.join(["python", *words]), flush=True)
-    code = subprocess.run([sys.executable, *words], cwd=root).returncode
+    if not (folder / "metrics.json").exists() and any(folder.rglob("state.eqx")):
+        command += " --resume"
+    print(command, flush=True)
+    code = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=root).returncode
     return done() if code == 0 else None
 
 
@@ -165,9 +162,8 @@ def collected(label, command, result):
     row = {"label": label, "command": command, "measured_with": result["versions"]["zdc"]}
     row |= {name: result[name] for name in KEPT if name in result}
     for part in ("seen", "unseen"):
-        if result.get(part):
-            names = [name for name in (*metrics.SCORES, "marginals") if name in result[part]]
-            row[part] = {name: result[part][name] for name in names}
+        scores = result.get(part) or {}
+        row[part] = {name: scores[name] for name in (*metrics.SCORES, "marginals") if name in scores}
     return row
 
 
@@ -219,7 +215,7 @@ def curves(rows, quantity):
 
 
 def plot_sweep(path, rows):
-    """Draw W on validation rows against steps, the time they take, eta and temperature, where these vary."""
+    """Draw W on validation rows against steps, their time, eta and temperature, the legend above the axes."""
     from matplotlib.figure import Figure                                       # half a second to import
     from matplotlib.ticker import LogLocator
     panels = {name: curves(rows, quantity) for name, quantity in PANELS.items() if curves(rows, quantity)}
@@ -233,10 +229,10 @@ def plot_sweep(path, rows):
         log = PANELS[name] == "steps"
         axis.set(xlabel=name, ylabel="W", yscale="log", xscale="log" if log else "linear")
         for side in [axis.yaxis] + [axis.xaxis] * log:
-            side.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            low, high = side.get_view_interval()
+            side.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
             side.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        # above the axes, where no curve is
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
     with common.write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -247,9 +243,8 @@ def plot_sweep(path, rows):
 def race(functions, repeats=3):
     """Seconds of each function() of a dict, the fastest of `repeats`, called in turn so that all meet the
     same machine; a first round compiles and does not count."""
-    measure = lambda: {name: common.seconds(function) for name, function in functions.items()}
-    rounds = [measure() for _ in range(1 + repeats)][1:]
-    return {name: min(seconds[name] for seconds in rounds) for name in functions}
+    rounds = [{name: common.seconds(call) for name, call in functions.items()} for _ in range(1 + repeats)]
+    return {name: min(seconds[name] for seconds in rounds[1:]) for name in functions}
 
 
 def repeated(step, batch, state):
@@ -281,8 +276,8 @@ def networks(detector):
         rows.append({"label": name, **cost, "evaluations": evaluations})
     seconds = race(functions)
     for row in rows:
-        ms = 1e3 * seconds[row["label"], "draw"] / args.batch_size
-        row |= {"step_seconds": seconds[row["label"], "step"], "ms_per_response": {"256": ms}}
+        step, draw = (seconds[row["label"], what] for what in ("step", "draw"))
+        row |= {"step_seconds": step, "ms_per_response": {"256": 1e3 * draw / args.batch_size}}
     return {"rows": rows}
 
 
@@ -293,16 +288,16 @@ TOKENS = ((36, "gpt-4m", "f32", 256, 0.09), (121, "gpt-4m", "f32", 256, 0.80), (
 
 
 def tokens(detector):
-    """What a response of vqgan.py costs by tokens, network, precision and batch, without training."""
-    conditions, rows = data.CONDITIONS["physics"], []
+    """What a response of vqgan.py costs by tokens, network, precision and batch; all weights are zeros."""
+    conditions, key, rows = data.CONDITIONS["physics"], jax.random.key(0), []
     for number, prior, precision, batch, published in TOKENS:
         grid = vqgan.Grid(DETECTORS[detector], *vqgan.GRIDS[number], conditions)
         make = lambda key: vqgan.VQGAN(vqgan.Autoencoder(grid, conditions, "sample", "vqvae", key),
                                        vqgan.PRIORS[prior](grid, key))
-        net = eqx.filter_jit(make)(jax.random.key(0))
+        net = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), eqx.filter_eval_shape(make, key))
         draw = eqx.filter_jit(eqx.Partial(vqgan.sample, common.lower(net, precision), how="sample", steps=8,
                                           temperature=1.0, top_k=0))
-        call = partial(draw, np.zeros((batch, conditions), np.float32), jax.random.key(0))
+        call = partial(draw, np.zeros((batch, conditions), np.float32), key)
         ms = 1e3 * race({"draw": call}, repeats=2 if batch <= 256 else 1)["draw"] / batch
         rows.append({"label": f"{math.prod(grid.shape)} tokens, {prior}, {precision}, batch {batch}",
                      **vqgan.cost(net, conditions, 8), "ms_per_response": {str(batch): ms},
@@ -311,16 +306,14 @@ def tokens(detector):
 
 
 SCORED, TIMED = 10_240, 16   # test rows at most; fibres that naive sampling is timed on, each a full pass
-# W of one model on GEANT data of ZN, arXiv 2608.12795
 REMOVALS = {"floor": 2.60, "round": 4.33, "floor-renormalise": 1.73, "round-renormalise": 2.46}
 
 
 def flows(detector, root=ROOT):
     """Both flows of runs/iaf-DETECTOR with true and with predicted photon sums, W of the ways to remove the
-    noise, and ms per response of the teacher's naive and incremental sampler and of the student."""
-    nets, rows, key = {}, [], jax.random.key(0)
-    for path in "teacher/model.eqx", "model.eqx":
-        path = root / f"runs/iaf-{detector}" / path
+    noise (published: arXiv 2608.12795), and ms per response of the teacher's two samplers and the student."""
+    nets, rows, key, run = {}, [], jax.random.key(0), root / f"runs/iaf-{detector}"
+    for path in run / "teacher" / "model.eqx", run / "model.eqx":
         args = iaf.parse(["--detector", detector, "--load", str(path)])
         logit, conditions = iaf.Logit(**args.header["logit"]), data.CONDITIONS[args.cond]
         make = partial(iaf.make_generator, args.net, args.sampler, DETECTORS[detector], logit, conditions)
@@ -348,8 +341,8 @@ def flows(detector, root=ROOT):
                     "student": partial(draw["student"], *block, key)}, repeats=1)
     seconds["naive"] *= z.shape[1] / TIMED
     ms = {name: 1e3 * value / len(z) for name, value in seconds.items()}
-    return {"rows": [row | {"R": row["W"] / rows[-1]["W"]} for row in rows], "removals": removals,
-            "speed": {"ms": ms, "ratio": {name: ms["naive"] / value for name, value in ms.items()}}}
+    rows = [row | {"R": row["W"] / rows[-1]["W"]} for row in rows]
+    return {"rows": rows, "test_rows": len(c), "removals": removals, "speed": {"ms": ms}}
 
 
 def channel_scores(test, responses):
@@ -377,8 +370,7 @@ def main(argv=None):
     if args.list or not args.name:
         for name, table in found.items():
             print(f"{name}:", *commands(name, table, args.detector).values(), sep="\n    ")
-        print(*(f"{name}: compared in one process" for name in COMPARISONS), sep="\n")
-        return
+        return print(*(f"{name}: compared in one process" for name in COMPARISONS), sep="\n")
     common.prepare_jax()
     if args.name in COMPARISONS:
         result = COMPARISONS[args.name](args.detector)

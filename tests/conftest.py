@@ -26,7 +26,7 @@ def cache_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["ZDC_CACHE"] = str(folder)  # os.environ, so that the commands that tests start see it as well
     import common  # after the flags above
-    common.enable_compilation_cache()
+    common.prepare_jax()
     return folder
 
 

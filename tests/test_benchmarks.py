@@ -5,6 +5,8 @@ import re
 import shlex
 from functools import partial
 
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ import channels
 import common
 import data
 import fm
+import iaf
 import vqgan
 from benchmarks import check, docs, tables
 from common import UserError
@@ -191,6 +194,29 @@ def test_networks_are_compared(small_detectors, monkeypatch):
     row, = tables.networks("zn")["rows"]
     assert row["label"] == "dense" and row["evaluations"] == 2 and row["parameters"] > 100
     assert min(row["step_seconds"], row["ms_per_response"]["256"], row["mflop"]) > 0
+
+
+def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):
+    """On a run whose networks hold the same number everywhere."""
+    monkeypatch.setattr(tables, "SCORED", 64)
+    monkeypatch.setattr(common, "BLOCK", 64)
+    dataset, removals = data.open_data("zn", 700, quiet=True), {"floor": 3.0, "scale-floor": 2.0}
+    scaler, logit = data.fit_conditions(dataset.particles, "physics"), iaf.fit_logit(0.5, dataset.responses)
+    for sampler, folder in ("teacher", "runs/iaf-zn/teacher"), ("student", "runs/iaf-zn"):
+        args = iaf.parse(["--n", "700", "--sampler", sampler, "--run", str(tmp_path / folder)])
+        make = partial(iaf.make_generator, "local", sampler, data.DETECTORS["zn"], logit, 14)
+        shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+        net = jax.tree.map(lambda a: np.full(a.shape, 0.01, a.dtype), shapes)
+        header = args.header | {"logit": logit._asdict(), "removal": "floor"}
+        scores = {"removals": {"teacher": removals, "student": removals}}
+        common.save_model(args.run, header, scaler, scores, net)
+    found = tables.flows("zn", tmp_path)
+    labels = [f"{flow}, {sums} sums" for flow in ("teacher", "student") for sums in ("true", "predicted")]
+    assert [row["label"] for row in found["rows"]] == [*labels, "oracle"] and found["rows"][-1]["R"] == 1
+    assert all(row["W"] > 0 and row["MAE_cw"] > 0 for row in found["rows"]) and found["test_rows"] == 64
+    assert found["removals"][2] == {"flow": "student", "removal": "floor", "W": 3.0, "paper_W": 2.6}
+    ms = found["speed"]["ms"]
+    assert set(ms) == {"naive", "incremental", "student"} and min(ms.values()) > 0
 
 
 def test_tokens_are_compared(small_detectors, monkeypatch):

@@ -180,7 +180,7 @@ def test_same_seed_same_numbers(no_sklearn, tmp_path):
 
 
 def test_a_file_is_scored_beside_its_floor(no_sklearn, dataset, tmp_path):
-    data.save(tmp_path / "some.h5", dataset, detector="zn")
+    data.save_blocks(tmp_path / "some.h5", len(dataset.pdg), [dataset._asdict()], detector="zn")
     flags = ["--data", str(tmp_path / "some.h5"), "--split", "particles", "--epochs", "1", "--quiet"]
     result = channels.main([*flags, "--run", str(tmp_path)])
     entry = result["models"]["lookup"]
@@ -194,7 +194,8 @@ def test_too_few_rows():
 
 
 @pytest.mark.parametrize("argv", [
-    ["--epochs", "0"], ["--detector", "zx"], ["--load", "x.eqx"], ["--cond", "all"], ["--data", "missing.h5"]])
+    ["--epochs", "0"], ["--detector", "zx"], ["--load", "x.eqx"], ["--cond", "all"],
+    ["--data", "missing.h5"]])
 def test_bad_flags_end_in_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: channels.main(argv))

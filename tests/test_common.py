@@ -138,13 +138,15 @@ def test_help_states_defaults_and_units(capsys, monkeypatch):
     assert stop.value.code == 0 and "An equation: x = y z" in text and "function" not in text
     for name in common.FLAGS:
         assert "--" + name.replace("_", "-") in text
-    assert "steps of the sampler (default: zn 11, zp 9)" in text
+    assert "steps of the sampler (default: zn 11, zp 9)" in text and "random numbers (default: 0)" in text
     assert "(default: zn runs/fm-zn, zp runs/fm-zp)" in text
 
 
 def test_a_script_may_have_fewer_flags():
     args = common.parser("doc", "data", flags=("detector", "n"), n=7).parse_args([])
-    assert vars(args) == {"script": "data", "command": "python data.py", "detector": "zn", "n": 7}
+    header = {"script": "data", "detector": "zn", "flags": {"n": 7, "data": None}}
+    expected = {"script": "data", "command": "python data.py", "detector": "zn", "n": 7, "header": header}
+    assert vars(args) == expected
     with pytest.raises(TypeError, match="steps"):
         common.parser("doc", "data", flags=("detector", "n"), steps=7)
 
@@ -776,7 +778,7 @@ def test_cache_folder(monkeypatch):
 
 
 def test_compiled_code_is_kept_and_matplotlib_loaded_lazily(tmp_path):
-    code = ("import common, jax, plots, sys; common.enable_compilation_cache(); "
+    code = ("import common, jax, plots, sys; common.prepare_jax(); "
             "print(jax.jit(lambda x: 3 * x)(14.0), 'matplotlib' in sys.modules)")
     for _ in range(2):
         out, error = start(code, ZDC_CACHE=str(tmp_path)).communicate()

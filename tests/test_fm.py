@@ -438,7 +438,7 @@ def test_few_rows(tmp_path):
 def test_own_data(kind, dataset, tmp_path):
     path = tmp_path / "own.h5"
     if kind == "HDF5":
-        data.save(path, dataset, detector="zn")
+        tiny.save(path, dataset, detector="zn")
     else:
         path = tmp_path / "own"
         path.mkdir()

@@ -12,21 +12,23 @@ import pytest
 import common
 import data
 import fm
+import metrics
 import tiny
 
 CHILD = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parent.parent)!r}, {str(Path(__file__).parent)!r}]
-import common, fm, metrics, time, tiny
+import common, fm, metrics, pytest, time, tiny
 tiny.shrink()
+tiny.shrink_detectors(pytest.MonkeyPatch(), sys.argv.pop())
 {{patches}}
 common.run(fm.main)
 """
 
 
 def start(folder, patches, flags):
-    code = CHILD.format(patches=patches)
-    command = [sys.executable, "-c", code, *tiny.FLAGS, *flags]
+    code, cache = CHILD.format(patches=patches), str(common.cache_folder())
+    command = [sys.executable, "-c", code, *tiny.FLAGS, *flags, cache]
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE)
 
 
@@ -42,7 +44,8 @@ def kill_when(child, ready):
 
 
 def losses(folder):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in common.read_log(folder)]
+    log = common.read_log(folder)
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in log]
 
 
 def leaves(path):
@@ -50,38 +53,41 @@ def leaves(path):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, small_detectors, tmp_path):
     tiny.shrink(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
 
 
 def test_killed_run_resumes(tmp_path, monkeypatch):
-    flags = ["--batch-size", "16", "--epochs", "9"]                            # 270 steps, saved every 50
+    monkeypatch.setattr(metrics, "report", lambda *args, **kwargs: {})         # scoring takes longer
+    monkeypatch.setattr(common, "LOGGED", 10)
+    flags = ["--epochs", "9"]                                                  # 63 steps, saved every 10
     log = tmp_path / "cut" / "log.jsonl"
-    child = start(tmp_path, "common.time = tiny.clock(pause=0.3)", [*flags, "--run", "cut"])
+    slow = "common.LOGGED, common.time = 10, tiny.clock(pause=0.3)"
+    child = start(tmp_path, slow, [*flags, "--run", "cut"])
     kill_when(child, lambda: log.exists() and log.read_text().count("\n") >= 3)
-    assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] in (50, 100, 150)
+    assert common.read_header(tmp_path / "cut" / "state.eqx")["step"] in (10, 20, 30)
     with open(log, "a") as file:
-        file.write('{"step": 151, "pa')                                        # killed in the middle of a line
+        file.write('{"step": 31, "pa')                                        # killed while writing a line
     fm.main([*tiny.FLAGS, *flags, "--run", "cut", "--resume"])
     fm.main([*tiny.FLAGS, *flags, "--run", "whole"])
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 7
     for name in ("model.eqx", "state.eqx"):
         assert leaves(tmp_path / "cut" / name) == leaves(tmp_path / "whole" / name)
 
 
 @pytest.mark.parametrize("existing", [None, b"an old file"])
 def test_killed_generation(tmp_path, existing):
-    args, out = fm.flags().parse_args(tiny.FLAGS), tmp_path / "out.h5"
+    args, out = fm.parse([*tiny.FLAGS, "--run", str(tmp_path)]), tmp_path / "out.h5"
     dataset = data.open_data("zn", 700, quiet=True)
-    data.save(tmp_path / "list.h5", dataset)
+    tiny.save(tmp_path / "list.h5", dataset)
     scaler = data.fit_conditions(dataset.particles, args.cond)
-    header = {"script": "fm", "detector": "zn", "flags": fm.training_flags(args), "scaler": scaler._asdict()}
-    common.save_checkpoint(tmp_path / "model.eqx", header, fm.make_network(args, 14, jax.random.key(0)))
+    net = fm.make_network("tiny", args.counts, data.DETECTORS["zn"], len(scaler.mean), jax.random.key(0))
+    common.save_model(tmp_path, args.header, scaler, {}, net)
     if existing:
         out.write_bytes(existing)
     # two blocks are in the file when it is killed
-    child = start(tmp_path, "metrics.BLOCK = 4\nchannels = metrics.channels\n"
+    child = start(tmp_path, "common.BLOCK = 4\nchannels = metrics.channels\n"
                   "metrics.channels = lambda r: print('block', flush=True) or time.sleep(0.2) or channels(r)",
                   "--load model.eqx --generate list.h5 --out out.h5".split())
     for _ in range(3):

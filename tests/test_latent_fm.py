@@ -1,4 +1,4 @@
-"""latent_fm.py: both objectives against integrals and plain definitions of Eq. 7, the latents, the stages, one run."""
+"""latent_fm.py: objectives against integrals and plain definitions of Eq. 7, latents, stages, one run."""
 import json
 import math
 import shutil
@@ -20,7 +20,7 @@ import tiny
 from common import UserError
 
 KEY = jax.random.key(0)
-FLAGS = ["--n", "700", "--epochs", "20", "--flow-epochs", "3", "--batch-size", "64", "--steps", "2", "--quiet"]
+FLAGS = "--n 700 --epochs 20 --flow-epochs 3 --batch-size 64 --steps 2 --quiet".split()
 NETS = "dense", "paper"
 
 
@@ -30,12 +30,33 @@ def shrunk():
         tiny.shrink(patch.setattr)
         small = partial(latent_fm.DenseAutoencoder, width=32, depth=1, hidden=16, embedding=16)
         patch.setattr(latent_fm, "DenseAutoencoder", small)
-        patch.setattr(latent_fm, "DenseFlow", partial(latent_fm.DenseFlow, width=16, depth=1, embedding=16, times=8))
+        # one compilation instead of one for each layer
+        patch.setattr(latent_fm, "make_stage1", eqx.filter_jit(latent_fm.make_stage1))
+        small = partial(latent_fm.DenseFlow, width=16, depth=1, embedding=16, times=8)
+        patch.setattr(latent_fm, "DenseFlow", small)
         yield
 
 
+class OneLayer(eqx.Module):
+    """In place of the flows, which take long to compile; called like papers.UNet."""
+    weight: jax.Array
+
+    def __init__(self, inputs, outputs, stem, conditions, key):
+        self.weight = common.normal(key, inputs, outputs)
+
+    def __call__(self, x, t, c):
+        return x @ self.weight
+
+
+def random_network(make, *args):
+    """make(*args, key) with other random weights, made by NumPy: nothing is compiled."""
+    rng, shapes = np.random.default_rng(0), eqx.filter_eval_shape(make, *args, KEY)
+    fill = lambda leaf: np.float32(rng.normal(size=leaf.shape) / max(leaf.shape[0], 1)**0.5)
+    return jax.tree.map(lambda leaf: fill(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, shapes)
+
+
 class Fixed(eqx.Module):
-    """An autoencoder with a code and a reconstruction for each example, whose number is the condition (1,)."""
+    """An autoencoder that keeps a code and a reconstruction for each example; its number is the condition."""
     code: jax.Array   # (B, 2, L)
     made: jax.Array   # (B, H, W)
 
@@ -48,7 +69,8 @@ class Fixed(eqx.Module):
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-@pytest.mark.parametrize("flags, latent", [("", 32), ("--detector zp", 16), ("--net paper", 4), ("--latent 7", 7)])
+@pytest.mark.parametrize("flags, latent", [("", 32), ("--detector zp", 16), ("--net paper", 4),
+                                           ("--latent 7", 7)])
 def test_default_length_of_the_latent(flags, latent):
     assert latent_fm.parse(flags.split()).latent == latent
 
@@ -57,10 +79,11 @@ def test_default_length_of_the_latent(flags, latent):
 
 def nats(counts, maps):
     """data.decoded_loss by scipy, for maps shift, log scale and log rate."""
-    shift, log_scale, log_rate = np.float64(maps)
+    shift, log_scale, log_rate = maps
     law = stats.logistic(shift + 2 * np.exp(log_rate / 2), np.exp(log_scale))
     below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
-    return -np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below) - stats.poisson.logpmf(counts, np.exp(log_rate))
+    probability = law.cdf(2 * np.sqrt(counts + 0.5)) - below
+    return -np.log(probability) - stats.poisson.logpmf(counts, np.exp(log_rate))
 
 
 def test_elbo_is_that_of_the_integral():
@@ -69,11 +92,11 @@ def test_elbo_is_that_of_the_integral():
 
     class Plain:
         encode = staticmethod(lambda x, c: jnp.array([[0.3], [math.log(0.6)]]))
-        decode = staticmethod(lambda z, c: jnp.stack([jnp.full((2, 3), value) for value in (0.2, -0.5, z[0])]))
+        decode = staticmethod(lambda z, c: jnp.stack([jnp.full((2, 3), m) for m in (0.2, -0.5, z[0])]))
     loss = lambda key: latent_fm.elbo(Plain, jnp.asarray(counts), None, key)
     reconstruction, kl = jax.jit(jax.vmap(loss))(jax.random.split(KEY, 20_000))
     z, q = np.linspace(-4, 4.6, 801), stats.norm(0.3, 0.6)
-    expected = [nats(counts, np.stack([np.full((2, 3), value) for value in (0.2, -0.5, point)])).mean() for point in z]
+    expected = [nats(counts, (0.2, -0.5, point)).mean() for point in z]
     assert reconstruction.mean() == pytest.approx(np.trapezoid(q.pdf(z) * expected, z), rel=0.01)
     kl_integral = np.trapezoid(q.pdf(z) * (q.logpdf(z) - stats.norm.logpdf(z)), z)
     np.testing.assert_allclose(kl, kl_integral / 6, rtol=1e-3)
@@ -82,7 +105,8 @@ def test_elbo_is_that_of_the_integral():
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1.5, 0.3), (-0.7, 2.0)])
 def test_divergence_is_that_of_the_integral(mean, std):
     p, q = stats.norm(mean, std), stats.norm()
-    expected = integrate.quad(lambda z: p.pdf(z) * (p.logpdf(z) - q.logpdf(z)), mean - 12 * std, mean + 12 * std)[0]
+    integrand = lambda z: p.pdf(z) * (p.logpdf(z) - q.logpdf(z))
+    expected = integrate.quad(integrand, mean - 12 * std, mean + 12 * std)[0]
     found = latent_fm.divergence(jnp.full((5,), mean), jnp.full((5,), std))
     np.testing.assert_allclose(found, 5 * expected, rtol=1e-4, atol=1e-6)
 
@@ -106,8 +130,8 @@ def test_path_loss_prefers_early_times_and_precise_numbers():
 
     def spy(z, t, c):
         jax.debug.callback(lambda t: times.append(float(t)), t)
-        return 1e3 * jnp.array([1.0, 0, 0])                                    # the right velocity hardly matters
-    loss = latent_fm.path_loss(spy, codes, jnp.zeros((64, 14)), KEY)[0]
+        return 1e3 * jnp.array([1.0, 0, 0])  # the right velocity hardly matters
+    loss = jax.jit(partial(latent_fm.path_loss, spy))(codes, jnp.zeros((64, 14)), KEY)[0]
     jax.effects_barrier()
     weights = 1 / (stds**2 + 0.05)
     assert loss == pytest.approx(1e6 * weights[0] / weights.sum(), rel=1e-2)
@@ -124,7 +148,7 @@ def published():
     counts = jnp.asarray(np.random.default_rng(0).poisson(0.8, (BATCH, 12, 10)), jnp.float32)
     noise = 0.3 * jax.random.normal(KEY, counts.shape) * jnp.array([1.0, 5.0, 0.1])[:, None, None]
     code = 0.5 * jax.random.normal(jax.random.key(1), (BATCH, 2, 4))
-    features, critic = papers.Features((12, 10), KEY), papers.Critic(KEY)
+    features, critic = random_network(papers.Features, (12, 10)), random_network(papers.Critic)
     net = latent_fm.Stage1(Fixed(code, jnp.log1p(counts) + noise), features, critic)
     loss = lambda net: latent_fm.published_loss(net, counts, jnp.arange(BATCH)[:, None], KEY, BETA)
     gradient, parts = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(net)
@@ -144,10 +168,11 @@ def test_terms_of_eq_7_have_gradients_of_equal_norm(published):
     terms keep their values."""
     net, counts, parts, gradient = published
     made = net.autoencoder.made
-    values = jax.vmap(partial(plain_terms, net))(made, counts)
-    expected = values.mean(0) / jnp.array([120, 1, 1])
-    np.testing.assert_allclose([parts[name] for name in ("squares", "perceptual", "fooled")], expected, rtol=1e-3)
-    own = jax.vmap(jax.jacrev(partial(plain_terms, net)))(made, counts)                        # (B, 3, H, W)
+    terms = partial(plain_terms, net)
+    both = jax.jit(jax.vmap(lambda *example: (terms(*example), jax.jacrev(terms)(*example))))
+    values, own = both(made, counts)  # (B, 3), (B, 3, H, W)
+    found = [parts["squares"] * 120, parts["perceptual"], parts["fooled"]]
+    np.testing.assert_allclose(found, values.mean(0), rtol=1e-3)
     own /= jnp.sqrt(jnp.sum(own**2, axis=(2, 3), keepdims=True))
     np.testing.assert_allclose(gradient.autoencoder.made, own.sum(1) / BATCH, atol=1e-4)
 
@@ -165,15 +190,16 @@ def test_kl_is_scaled_as_the_squares(published):
 def test_features_and_critic_learn_from_their_own_terms(published):
     """Critic from the hinge loss, features from the regression; the autoencoder's terms touch neither."""
     net, counts, _, gradient = published
-    made, x = net.autoencoder.made, jnp.log1p(counts)
-    maps, made_maps = (jax.vmap(net.features)(image)[0] for image in (x, made))
-    hinge = lambda critic: (jnp.maximum(1 - jax.vmap(critic)(maps), 0).mean()
-                            + jnp.maximum(1 + jax.vmap(critic)(made_maps), 0).mean())
-    regression = lambda features: jnp.mean((jax.vmap(features)(x)[1] - papers.quantities(counts))**2)
-    for part, loss in (("critic", hinge), ("features", regression)):
-        expected = jax.tree.leaves(eqx.filter_grad(loss)(getattr(net, part)))
-        for a, b in zip(jax.tree.leaves(getattr(gradient, part)), expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+    def loss(features, critic):
+        maps, found = jax.vmap(features)(jnp.log1p(counts))
+        made_maps, _ = jax.vmap(features)(net.autoencoder.made)
+        real, fake = (jax.vmap(critic)(jax.lax.stop_gradient(m)) for m in (maps, made_maps))
+        hinge = jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()
+        return hinge + jnp.mean((found - papers.quantities(counts))**2)
+    expected = jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(net.features, net.critic))
+    for a, b in zip(jax.tree.leaves((gradient.features, gradient.critic)), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_quantities():
@@ -203,7 +229,7 @@ def test_new_latents_have_the_stored_spread():
     """A flow that stands still leaves N(0, 1), which mean and std of the checkpoint stretch."""
     class Plain(eqx.Module):
         def decode(self, z, c):
-            return z[None, None]                                               # log responses of one row of fibres
+            return z[None, None]  # log responses of one row of fibres
     mean, std = np.array([6.0, 7.0, 8.0]), np.array([0.5, 0.05, 1.0])
     net = latent_fm.LatentFM(Plain(), jnp.asarray(mean), jnp.asarray(std), lambda z, t, c: jnp.zeros_like(z))
     counts = latent_fm.sample(net, jnp.zeros((2000, 14)), KEY, steps=2, solver="ab2")
@@ -245,7 +271,8 @@ def test_latents_are_standardised_on_the_training_rows():
     codes[300:, 0] += 50
     codes[3, 1, 0] = -30                                                       # as `gaussian`, not below -8
     net = Fixed(jnp.asarray(codes, jnp.float32), jnp.zeros((400, 2, 2)))
-    found, mean, std = latent_fm.encode_all(net, np.zeros((400, 2, 2), np.uint16), np.arange(400)[:, None], rows)
+    responses, c = np.zeros((400, 2, 2), np.uint16), np.arange(400)[:, None]
+    found, mean, std = latent_fm.encode_all(net, responses, c, rows)
     assert found.shape == (400, 2, 5) and found.dtype == np.float16
     draws = found[rows, 0] + np.exp(np.float64(found[rows, 1])) * rng.normal(size=(500, 300, 5))
     np.testing.assert_allclose(draws.mean((0, 1)), 0, atol=0.02)
@@ -254,47 +281,67 @@ def test_latents_are_standardised_on_the_training_rows():
     np.testing.assert_allclose(found[:, 1] + np.log(std), np.maximum(codes[:, 1], -8), atol=0.05)
 
 
+@pytest.mark.parametrize("flags, resumed", [("", (False, False)), ("--stage 2", (True, False)),
+                                            ("--resume", (True, True))])
+def test_states_of_the_stages(flags, resumed, tmp_path):
+    """That of stage 1 does not depend on --flow-epochs, that of stage 2 does on --epochs."""
+    for stage in ("stage1", "stage2"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "state.eqx").touch()
+    args = latent_fm.parse([*FLAGS, *flags.split(), "--run", str(tmp_path)])
+    first, second = latent_fm.stage_plans(common.plan(args), args.stage, args.flow_epochs)
+    assert (first.run, second.run) == (tmp_path / "stage1", tmp_path / "stage2")
+    assert (first.epochs, second.epochs) == (20, 3) and (first.resume, second.resume) == resumed
+    assert second.header == args.header and second.header["flags"]["epochs"] == 20
+    assert "flow_epochs" not in first.header["flags"]
+    assert first.header["flags"] | {"flow_epochs": 3} == args.header["flags"]
+
+
+def test_a_run_cut_off_in_stage_1_begins_stage_2(tmp_path):
+    plan = common.plan(latent_fm.parse([*FLAGS, "--resume", "--run", str(tmp_path)]))
+    assert [stage.resume for stage in latent_fm.stage_plans(plan, "both", 3)] == [True, False]
+
+
 # ---------------------------------------------------------------------------------------------------- network
 
 @pytest.mark.parametrize("detector", data.DETECTORS)
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("conditions, precision", [(14, "f32"), (9, "bf16")])
 def test_shapes(net, detector, conditions, precision):
-    detector, size, c = data.DETECTORS[detector], 4, np.zeros((4, conditions), np.float32)
+    detector, c = data.DETECTORS[detector], np.zeros((4, conditions), np.float32)
     latent = (*data.patch_grid(detector.shape, 4), 3) if net == "paper" else (3,)
     loss = latent_fm.autoencoder_loss if net == "dense" else partial(latent_fm.published_loss, beta=0.01)
-    stages = {loss: (partial(latent_fm.make_stage1, net, detector), np.zeros((size, *detector.shape), np.uint16)),
-              latent_fm.path_loss: (partial(latent_fm.make_flow, net), np.zeros((size, 2, *latent), np.float16))}
-    for loss, (make, batch) in stages.items():
+    counts, codes = np.zeros((4, *detector.shape), np.uint16), np.zeros((4, 2, *latent), np.float16)
+    for loss, batch, make in ((loss, counts, partial(latent_fm.make_stage1, net, detector)),
+                              (latent_fm.path_loss, codes, partial(latent_fm.make_flow, net))):
         trainee = eqx.filter_eval_shape(make, conditions, 3, KEY)
         lowered = lambda net: loss(common.lower(net, precision), batch, c, KEY)
         value, _ = eqx.filter_eval_shape(lowered, trainee)
         assert value.shape == () and value.dtype == jnp.float32
     model = eqx.filter_eval_shape(latent_fm.make_latent_fm, net, detector, conditions, 3, KEY)
     assert model.mean.shape == model.std.shape == latent
-    counts = eqx.filter_eval_shape(partial(latent_fm.sample, steps=2, solver="ab2"), model, c, KEY)
-    assert counts.shape == (size, *detector.shape) and counts.dtype == jnp.uint16
+    drawn = eqx.filter_eval_shape(partial(latent_fm.sample, steps=2, solver="ab2"), model, c, KEY)
+    assert drawn.shape == (4, *detector.shape) and drawn.dtype == jnp.uint16
 
 
 def test_size_of_the_papers_autoencoder():
     make = partial(latent_fm.make_stage1, "paper", data.DETECTORS["zn"])
     net = eqx.filter_eval_shape(make, 14, 4, KEY).autoencoder
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net)) == pytest.approx(60_000, rel=0.1)
-    assert eqx.filter_eval_shape(lambda net: net.encode(jnp.zeros((44, 44)), None), net).shape == (2, 11, 11, 4)
+    code = eqx.filter_eval_shape(lambda net: net.encode(jnp.zeros((44, 44)), None), net)
+    assert code.shape == (2, 11, 11, 4)
 
 
 def test_what_is_conditioned_on_the_particle(small_detectors):
     """Ours in encoder, decoder and flow; the paper's autoencoder takes none."""
     detector, z, grid = data.DETECTORS["zn"], jnp.ones(3), jnp.ones((3, 3, 3))
-    x, nets = jnp.ones(detector.shape), [make("dense", *more, 14, 3, KEY) for make, *more in (
-        (latent_fm.make_stage1, detector), (latent_fm.make_flow,))]
-    call = lambda stage1, flow, c: (stage1.autoencoder.encode(x, c), stage1.autoencoder.decode(z, c), flow(z, 0.5, c))
-    found = [eqx.filter_jit(call)(*nets, c) for c in (jnp.zeros(14), jnp.ones(14))]
-    assert not any(np.array_equal(a, b) for a, b in zip(*found, strict=True))
-    make = partial(latent_fm.make_stage1, "paper", detector, 14, 3, KEY)
-    published = eqx.filter_eval_shape(lambda: make().autoencoder)
-    call = lambda net: (net.encode(x, None), net.decode(grid, None))
-    code, maps = eqx.filter_eval_shape(call, published)
+    x, flow = jnp.ones(detector.shape), random_network(latent_fm.make_flow, "dense", 14, 3)
+    make = partial(random_network, latent_fm.make_stage1)
+    ours, published = (make(net, detector, 14, 3).autoencoder for net in NETS)
+    found = jax.jit(lambda c: (ours.encode(x, c), ours.decode(z, c), flow(z, 0.5, c)))
+    pairs = zip(found(jnp.zeros(14)), found(jnp.ones(14)), strict=True)
+    assert not any(np.array_equal(a, b) for a, b in pairs)
+    code, maps = jax.eval_shape(lambda: (published.encode(x, None), published.decode(grid, None)))
     assert code.shape == (2, 3, 3, 3) and maps.shape == (1, 12, 12)
 
 
@@ -302,34 +349,47 @@ def test_what_is_conditioned_on_the_particle(small_detectors):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_detectors):
-    folder = tmp_path_factory.mktemp("latent") / "run"
-    return folder, latent_fm.main([*FLAGS, "--run", str(folder)])
+    """(folder, what main returns, what it draws with)."""
+    folder, draws, report = tmp_path_factory.mktemp("latent") / "run", [], metrics.report
+
+    def spy(args, draw, *rest, **result):
+        draws.append(draw)
+        return report(args, draw, *rest, **result)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "report", spy)
+        result = latent_fm.main([*FLAGS, "--run", str(folder)])
+    return folder, result, draws[0]
 
 
 def test_a_run(trained):
-    folder, result = trained
+    folder, result, _ = trained
     assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["evaluations"] == 3
-    assert {path.name for path in folder.iterdir()} == {"model.eqx", "metrics.json", "samples.png", "channels.png",
-                                                        "stage1", "stage2"}
+    names = {"model.eqx", "metrics.json", "samples.png", "channels.png", "stage1", "stage2"}
+    assert {path.name for path in folder.iterdir()} == names
     reconstruction = [record["reconstruction"] for record in common.read_log(folder / "stage1")]
     assert reconstruction[-1] < 0.8 * reconstruction[0]
     score = result["reconstruction"]
     assert score["R"] == pytest.approx(score["W"] / score["oracle"])
 
 
-def test_saved_and_loaded(trained, tmp_path):
-    folder, result = trained
-    again = latent_fm.main(["--load", str(folder / "model.eqx"), "--steps", "2", "--quiet", "--run", str(tmp_path)])
-    names = "seen", "unseen", "flags", "reconstruction", "parameters", "mflop"
-    assert [again[name] for name in names] == [result[name] for name in names]
+def test_saved_and_loaded(trained, tmp_path, monkeypatch):
+    """The same responses, and what the checkpoint keeps of the training."""
+    folder, result, draw = trained
+    report = lambda args, draw, *rest, **result: (args.header["flags"], draw, result)
+    monkeypatch.setattr(metrics, "report", report)
+    load = ["--load", str(folder / "model.eqx"), "--steps", "2", "--run", str(tmp_path)]
+    flags, again, found = latent_fm.main(load)
+    c = np.random.default_rng(0).normal(size=(64, 14)).astype(np.float32)
+    assert np.array_equal(draw(c, KEY), again(c, KEY))
+    assert flags == result["flags"] and found == {name: result[name] for name in found}
 
 
 def test_one_stage_after_the_other(trained, tmp_path, monkeypatch):
-    """The same numbers as both in one run; stage 2 again, with other flags of its own, leaves stage 1 as it is."""
+    """The same numbers as both in one run; stage 2 again, with other flags, leaves stage 1 as it is."""
     monkeypatch.setattr(metrics, "report", lambda *args, reconstruction, **result: reconstruction)
     leaves = lambda path: path.read_bytes().partition(b"\n")[2]
-    flags, (folder, result) = [*FLAGS, "--run", str(tmp_path)], trained
+    flags, (folder, result, _) = [*FLAGS, "--run", str(tmp_path)], trained
     found = latent_fm.main([*flags, "--stage", "1"])
     assert found["reconstruction"] == result["reconstruction"] and not (tmp_path / "model.eqx").exists()
     first = (tmp_path / "stage1" / "state.eqx").read_bytes()
@@ -338,15 +398,6 @@ def test_one_stage_after_the_other(trained, tmp_path, monkeypatch):
     assert latent_fm.main([*flags, "--stage", "2", "--flow-epochs", "2"]) == result["reconstruction"]
     assert leaves(tmp_path / "model.eqx") != leaves(folder / "model.eqx")
     assert (tmp_path / "stage1" / "state.eqx").read_bytes() == first
-
-
-def test_a_flow_goes_with_its_autoencoder(trained, tmp_path):
-    """A finished stage 2 is not taken for that of an autoencoder trained anew."""
-    shutil.copytree(trained[0], tmp_path / "run")
-    flags = [*FLAGS, "--epochs", "2", "--run", str(tmp_path / "run")]
-    latent_fm.main([*flags, "--stage", "1"])
-    with pytest.raises(UserError, match="stage2/state.eqx: --resume needs the flags .* different: epochs"):
-        latent_fm.main([*flags, "--resume"])
 
 
 def test_stage_2_needs_its_stage_1(trained, tmp_path):
@@ -364,7 +415,7 @@ def train_flags(monkeypatch, small_detectors):
     scaler, split = data.fit_conditions(dataset.particles, "physics"), data.Split(np.arange(489), None, None)
 
     def run(*flags):
-        args = latent_fm.parse([*FLAGS, "--epochs", "2", *map(str, flags)])
+        args = latent_fm.parse([*FLAGS, *map(str, flags)])
         return latent_fm.train_stages(args, dataset, split, scaler)[0]
     return run
 
@@ -375,30 +426,36 @@ def test_resume_is_as_uninterrupted(train_flags, tmp_path, monkeypatch):
     tiny.assert_resume_is_as_uninterrupted(train_flags, tmp_path, monkeypatch, ("stage2",))
 
 
-def test_two_devices(train_flags, tmp_path):
-    """Two devices share a batch and end in the same numbers as one, in both stages."""
-    nets = [train_flags("--devices", n, "--run", tmp_path / str(n)) for n in (1, 2)]
-    one, two = (jax.tree.leaves(eqx.filter(net, eqx.is_array)) for net in nets)
-    for a, b in zip(one, two, strict=True):
+def test_a_flow_goes_with_its_autoencoder(trained, train_flags, tmp_path):
+    """A finished stage 2 is not taken for that of an autoencoder trained anew."""
+    run = "--run", shutil.copytree(trained[0], tmp_path / "run")
+    train_flags(*run, "--stage", "1", "--seed", "1")
+    with pytest.raises(UserError, match="stage2/state.eqx: --resume needs the flags .* different: seed"):
+        train_flags(*run, "--resume", "--seed", "1")
+
+
+def test_two_devices(tmp_path):
+    """Two devices share a batch and end in the same flow as one, with the weights of the whole batch."""
+    rng = np.random.default_rng(0)
+    codes = np.stack([rng.normal(size=(500, 4)), rng.normal(-2, 1, (500, 4))], axis=1).astype(np.float16)
+    arrays, flow = (codes, np.zeros((500, 14), np.float32)), OneLayer(4, 4, None, 14, KEY)
+
+    def run(devices):
+        flags = "--epochs", "2", "--devices", devices, "--run", str(tmp_path / devices)
+        plan = common.plan(latent_fm.parse([*FLAGS, *flags]))
+        return jax.tree.leaves(latent_fm.train(flow, latent_fm.path_loss, arrays, np.arange(500), plan)[0])
+    for a, b in zip(run("1"), run("2"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)
 
 
-class OneLayer(eqx.Module):
-    """In place of the U-Net, which takes long to compile and is that of fm.py."""
-    weight: jax.Array
-
-    def __init__(self, inputs, outputs, stem, conditions, key):
-        self.weight = common.normal(key, inputs, outputs)
-
-    def __call__(self, x, t, c):
-        return x @ self.weight
-
-
 def test_the_papers_model(tmp_path, small_detectors, monkeypatch):
-    """Both stages and the scores; the parts of Eq. 7 are in the log."""
+    """Both stages; the parts of Eq. 7 are in the log."""
     monkeypatch.setattr(papers, "UNet", OneLayer)
+    report = lambda args, draw, *rest, **result: (args.header["flags"], result)
+    monkeypatch.setattr(metrics, "report", report)
     flags = [*FLAGS, "--epochs", "1", "--flow-epochs", "1", "--net", "paper", "--detector", "zp"]
-    result = latent_fm.main([*flags, "--validate", "--run", str(tmp_path)])
+    found, result = latent_fm.main([*flags, "--run", str(tmp_path)])
     parts = {"squares", "divergence", "perceptual", "fooled", "features", "critic"}
     assert parts <= common.read_log(tmp_path / "stage1")[-1].keys()
-    assert result["flags"]["latent"] == 4 and np.isfinite(result["validation"]["W"]["value"])
+    assert found["latent"] == 4 and np.isfinite(result["reconstruction"]["W"])
+    assert (tmp_path / "model.eqx").exists()

@@ -1,12 +1,15 @@
+"""metrics.py: every score against loops, scipy or a closed form, and the command."""
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -14,13 +17,17 @@ from hypothesis.extra import numpy as hnp
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance
 
+import common
+import data
 import metrics
+import plots
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
 seeds = st.integers(0, 2**32 - 1)
 examples = settings(deadline=None, max_examples=40)
-columns = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(-1e6, 1e6) | st.integers(-3, 3).map(float))
+numbers = st.floats(-1e6, 1e6) | st.integers(-3, 3).map(float)
+columns = hnp.arrays(np.float64, st.integers(1, 30), elements=numbers)
 
 
 def particles_of(ids):
@@ -43,7 +50,7 @@ def two_sets(seed, **options):
     return real, rng.permutation(real), ids, rng
 
 
-# ------------------------------------------------------------------------------------------------- channels and shapes
+# ---------------------------------------------------------------------------------------- channels and shapes
 
 def loop_channels(response, convention):
     height, width = response.shape
@@ -58,7 +65,8 @@ def loop_channels(response, convention):
 
 def loop_shape(response):
     height, width = response.shape
-    light = [(i - (height - 1) / 2, j - (width - 1) / 2, int(response[i, j])) for i, j in np.ndindex(height, width)]
+    light = [(i - (height - 1) / 2, j - (width - 1) / 2, int(response[i, j]))
+             for i, j in np.ndindex(height, width)]
     total = sum(n for _, _, n in light)
     if not total:
         return [0] * 6
@@ -112,7 +120,7 @@ def test_what_is_not_a_photon_count_is_refused(value):
         metrics.summarise(responses)
 
 
-# -------------------------------------------------------------------------------------------------- marginal scores
+# -------------------------------------------------------------------------------------------- marginal scores
 
 @examples
 @given(columns, columns)
@@ -139,7 +147,8 @@ def test_mae_and_rmse_match_loops(seed):
     w, v = metrics.channels(real), metrics.channels(generated)
     gaps = [abs(float(w[k, c]) - float(v[k, c])) for k, c in np.ndindex(w.shape)]
     assert metrics.mae(w, v) == pytest.approx(sum(gaps) / len(gaps))
-    squares = [sum((int(a) - int(b))**2 for a, b in zip(one.flat, other.flat)) for one, other in zip(real, generated)]
+    squares = [sum((int(a) - int(b))**2 for a, b in zip(one.flat, other.flat))
+               for one, other in zip(real, generated)]
     assert metrics.rmse(real, generated) == pytest.approx(math.sqrt(sum(squares) / len(real)))
 
 
@@ -162,7 +171,7 @@ def test_shower_shape_and_spectrum_match_loops(seed):
     assert metrics.spectrum(np.array([0, 5]), np.array([3])) == pytest.approx(1)
 
 
-# ----------------------------------------------------------------------------------------------- conditional scores
+# ----------------------------------------------------------------------------------------- conditional scores
 
 def rows_of(ids):
     return [[k for k in range(len(ids)) if ids[k] == u] for u in range(max(ids) + 1)]
@@ -179,8 +188,8 @@ def test_mae_of_particles_matches_loops(seed):
         for rows in rows_of(ids):
             gaps = [abs(statistics.fmean(w[rows, c]) - statistics.fmean(v[rows, c])) for c in range(5)]
             top, bottom = top + p(len(rows)) * sum(gaps) / 5, bottom + p(len(rows))
-        terms = metrics.mae_particles(w, v, ids)
-        assert metrics.weighted_mean(terms, metrics.particle_weights(ids, name)) == pytest.approx(top / bottom)
+        value = metrics.weighted_mean(metrics.mae_particles(w, v, ids), metrics.particle_weights(ids, name))
+        assert value == pytest.approx(top / bottom)
 
 
 def loop_dispersion(w, v, ids, pdg):
@@ -198,7 +207,8 @@ def loop_dispersion(w, v, ids, pdg):
         alpha, deltas = n / (n + kappa), []
         for c in range(5):
             often = [m for m in members if len(groups[m]) >= 5] or members
-            ordered = sorted((mad([float(w[k, c]) for k in groups[m]]), math.log(1 + len(groups[m]))) for m in often)
+            mads = {m: mad([float(w[k, c]) for k in groups[m]]) for m in often}
+            ordered = sorted((mads[m], math.log(1 + len(groups[m]))) for m in often)
             half, below = sum(weight for _, weight in ordered) / 2, 0
             for prior, weight in ordered:
                 below += weight
@@ -216,7 +226,8 @@ def loop_dispersion(w, v, ids, pdg):
 def test_dispersion_matches_loops(seed):
     real, generated, ids, _ = two_sets(seed)
     w, v, pdg = metrics.channels(real), metrics.channels(generated), np.array([22, 2112])[ids % 2]
-    value = metrics.weighted_mean(metrics.dispersion(w, v, ids, pdg), metrics.particle_weights(ids, "dispersion"))
+    terms, weights = metrics.dispersion(w, v, ids, pdg), metrics.particle_weights(ids, "dispersion")
+    value = metrics.weighted_mean(terms, weights)
     assert value == pytest.approx(loop_dispersion(w, v, ids, pdg), nan_ok=True)
 
 
@@ -252,7 +263,7 @@ def test_bootstrap_covers_the_mean_and_shrinks():
     assert metrics.bootstrap(np.ones(3), np.zeros(3)) is None
 
 
-# ------------------------------------------------------------------------------------------------ distances, classifier
+# -------------------------------------------------------------------------------------- distances, classifier
 
 def test_frechet_is_the_closed_form():
     rng = np.random.default_rng(0)
@@ -278,7 +289,8 @@ def test_fpd_of_gaussians():
     real, generated = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) * [1, 1, 2] + [1, 0, 0]
     largest = np.abs(real).max(axis=0)
     value, error = metrics.fpd(real, generated)
-    assert value == pytest.approx((1 / largest[0])**2 + (1 / largest[2])**2, rel=0.15) and 0 <= error < 0.1 * value
+    assert value == pytest.approx((1 / largest[0])**2 + (1 / largest[2])**2, rel=0.15)
+    assert 0 <= error < 0.1 * value
     same, _ = metrics.fpd(real, rng.normal(size=(4000, 3)))
     assert 0 <= same < 0.02 * value
 
@@ -287,12 +299,12 @@ def test_fpd_of_gaussians():
 @given(seeds)
 def test_mmd_matches_the_double_loop(seed):
     rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(int(rng.integers(2, 9)), 3)), rng.normal(size=(int(rng.integers(2, 9)), 3)) + rng.random()
+    x, y = (rng.normal(rng.random(), size=(int(rng.integers(2, 9)), 3)) for _ in range(2))
 
     def kernel(a, b):
         return (sum(a * b) / 3 + 1)**4
 
-    own = [np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]) for z in (x, y)]
+    own = [np.mean([kernel(z[i], z[j]) for i, j in np.ndindex(len(z), len(z)) if i != j]) for z in (x, y)]
     expected = sum(own) - 2 * np.mean([kernel(a, b) for a in x for b in y])
     assert metrics.mmd(x, y) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
@@ -332,7 +344,7 @@ def test_classifier_tells_what_differs_and_only_that(monkeypatch):
     assert np.isnan(metrics.classifier_auc(real[:9], again[:9]))
 
 
-# -------------------------------------------------------------------------------------------------- everything together
+# ---------------------------------------------------------------------------------------- everything together
 
 @examples
 @given(hnp.arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 9)), seeds)
@@ -363,7 +375,8 @@ def test_a_generation_that_is_the_oracle_has_r_one(small_classifier):
     for name in metrics.SCORES:
         assert scores[name]["value"] == scores[name]["oracle"] and scores[name]["spread"] >= 0
         assert scores[name]["R"] is None or scores[name]["R"] == 1
-    assert all(scores[name]["R"] == 1 for name in metrics.SCORES if name not in ("AUC_low", "AUC_high", "FPD", "KPD"))
+    others = set(metrics.SCORES) - {"AUC_low", "AUC_high", "FPD", "KPD"}
+    assert all(scores[name]["R"] == 1 for name in others)
     assert scores["AUC_low"]["R"] is scores["AUC_high"]["R"] is None
     assert list(scores["types"]) == sorted(scores["types"], key=lambda t: -scores["types"][t]["rows"])
     assert set(scores["types"]) == {"gamma", "n", "Lambda"} and scores["types"]["n"]["W"]["R"] == 1
@@ -379,14 +392,17 @@ def test_values_are_means_over_generations():
     for name in ("W", "MAE", "RMSE", "MAE_cond", "dispersion", "JaccErr", "shape_radius", "spectrum"):
         values = [scores[name]["value"] for scores in alone]
         assert together[name]["value"] == pytest.approx(np.mean(values))
-        assert together[name]["spread"] == pytest.approx(np.std(values, ddof=1)) and alone[0][name]["spread"] is None
+        assert together[name]["spread"] == pytest.approx(np.std(values, ddof=1))
+        assert alone[0][name]["spread"] is None
     assert alone[0]["W"]["value"] == pytest.approx(metrics.wasserstein(w, metrics.channels(generations[0])))
     low, high = together["MAE_cond"]["interval"]
     assert low < together["MAE_cond"]["value"] < high
     assert "AUC_low" not in together and together["W"]["R"] is None and together["W"]["floor"] > 0
-    assert together["marginals"]["sum_mean"]["real"] == pytest.approx(w.sum(axis=1).mean())
-    assert together["marginals"]["lit_percent"]["real"] == pytest.approx(100 * (real > 0).mean())
-    assert together["marginals"]["single_percent"]["real"] == pytest.approx(100 * (real == 1).sum() / (real > 0).sum())
+    found = {name: cell["real"] for name, cell in together["marginals"].items()}
+    assert found["sum_mean"] == pytest.approx(w.sum(axis=1).mean())
+    assert found["sum_median"] == pytest.approx(np.median(w.sum(axis=1)))
+    assert found["lit_percent"] == pytest.approx(100 * (real > 0).mean())
+    assert found["single_percent"] == pytest.approx(100 * (real == 1).sum() / (real > 0).sum())
     o2 = metrics.evaluate(real, generations, particles, pdg, classifier=False, convention="o2")
     assert o2["W"]["value"] != together["W"]["value"] and o2["shape_sum"] == together["shape_sum"]
 
@@ -394,7 +410,7 @@ def test_values_are_means_over_generations():
 def test_worse_generations_score_worse():
     real, (good,), particles, pdg = sets(1, rate=10)
     bad = (good * 1.3).astype(np.uint16)
-    scores = [metrics.evaluate(real, [g], particles, pdg, oracle=[good], classifier=False) for g in (good, bad)]
+    scores = [metrics.evaluate(real, [g], particles, pdg, [good], classifier=False) for g in (good, bad)]
     for name in ("W", "MAE_c", "MAE_cw", "MAE_cond", "shape_sum", "shape_peak", "spectrum", "FPD", "KPD"):
         assert scores[1][name]["value"] > scores[0][name]["value"], name
     assert scores[1]["W"]["R"] > 2
@@ -409,15 +425,15 @@ def test_without_repeated_particles_there_is_no_floor():
 
 
 def test_same_seed_same_numbers(small_classifier):
-    real, generations, particles, pdg = sets(1)
-    assert metrics.evaluate(real, generations, particles, pdg) == metrics.evaluate(real, generations, particles, pdg)
+    first, second = (metrics.evaluate(*sets(1)) for _ in range(2))
+    assert first == second
 
 
 def test_arrays_that_do_not_match_are_refused():
     real, (other,), particles, pdg = sets(1)
-    for arguments in ((real, [other[1:]], particles, pdg), (real, other, particles, pdg), (real, [], particles, pdg),
-                      (real[:0], [other[:0]], particles[:0], pdg[:0]), (real, [other], particles[1:], pdg),
-                      (real, [other], particles, pdg[1:])):
+    for arguments in ((real, [other[1:]], particles, pdg), (real, other, particles, pdg),
+                      (real, [], particles, pdg), (real[:0], [other[:0]], particles[:0], pdg[:0]),
+                      (real, [other], particles[1:], pdg), (real, [other], particles, pdg[1:])):
         with pytest.raises(UserError):
             metrics.evaluate(*arguments)
 
@@ -440,10 +456,71 @@ def test_lookup_draws_every_row():
     rows = metrics.lookup(particles_of([1, 1, 2, 1]), particles_of([1] * 500 + [2]), 0)
     np.testing.assert_allclose(np.bincount(rows[:500]) / 500, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.1)
     assert rows[-1] == 2
-    np.testing.assert_array_equal(rows, metrics.lookup(particles_of([1, 1, 2, 1]), particles_of([1] * 500 + [2]), 0))
+    again = metrics.lookup(particles_of([1, 1, 2, 1]), particles_of([1] * 500 + [2]), 0)
+    np.testing.assert_array_equal(rows, again)
 
 
-# ------------------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------- a model and its scores
+
+@pytest.fixture
+def test_set():
+    """A Dataset of responses (N, 44, 44) and what a second run of the simulator gave."""
+    real, (again,), particles, pdg = sets(1, shape=(44, 44), rate=0.2)
+    return data.Dataset(real, particles, pdg), again
+
+
+def test_a_generator_draws_other_responses_for_each_number():
+    particles = np.tile(np.float32([500, 0, 0, 0, 0.3, 0.4, 499.99968, 0, 0]), (70, 1))
+    draw = lambda c, key: jax.random.uniform(key, (len(c), 2, 2)) + c[:, :1, None]
+    scaler = data.Scaler(np.zeros(14), np.ones(14), "physics")
+    generate = metrics.generator(draw, scaler, seed=3)
+    one = generate(particles, 1)
+    assert one.shape == (70, 2, 2) and np.array_equal(one, generate(particles, 1))
+    assert not np.array_equal(one, generate(particles, 2))
+    assert not np.array_equal(one, metrics.generator(draw, scaler, seed=4)(particles, 1))
+    assert (np.floor(one) == data.conditions(particles, scaler)[:, :1, None]).all()
+
+
+def test_quick_scores(test_set, monkeypatch, capsys):
+    test, again = test_set
+    monkeypatch.setattr(metrics, "resimulate", lambda detector, part: again)
+    truth, sums = (metrics.channels(responses) for responses in (test.responses, again))
+    w, mae = metrics.wasserstein(truth, sums), metrics.mae(truth, sums)
+    scores = metrics.quick_scores(Namespace(detector="zn", data=None), test, again, "validation")
+    assert scores == {"W": {"value": w, "oracle": w, "R": 1}, "MAE": {"value": mae, "oracle": mae, "R": 1}}
+    text = f"validation: W {w:.3f} (oracle {w:.3f}), MAE {mae:.3f} (oracle {mae:.3f})\n"
+    assert capsys.readouterr().out == text
+    scores = metrics.quick_scores(Namespace(detector="zn", data=Path("own.h5")), test, again, "validation")
+    assert scores["W"] == {"value": w, "oracle": None, "R": None}
+    assert capsys.readouterr().out == f"validation: W {w:.3f}, MAE {mae:.3f}\n"
+
+
+def test_a_perfect_reconstruction_has_no_error(test_set, monkeypatch):
+    test, _ = test_set
+    monkeypatch.setattr(data, "test_sets", lambda *args: {"seen": test, "unseen": None})
+    monkeypatch.setattr(common, "BLOCK", 100)
+    scaler = data.Scaler(np.zeros(9), np.ones(9), "raw")
+    args = Namespace(detector="zn", data=Path("own.h5"), seed=0)
+    scores = metrics.score_reconstruction(args, lambda counts, c, key: counts, scaler, None, None)
+    assert scores == {"W": 0, "oracle": None, "R": None, "MAE": 0}
+
+
+def test_pictures_show_a_particle_of_each_common_type(test_set, tmp_path, monkeypatch):
+    test, again = test_set
+    drawn = []
+    monkeypatch.setattr(plots, "plot_samples", lambda path, rows, titles: drawn.append((path, rows, titles)))
+    monkeypatch.setattr(plots, "plot_channels", lambda path, a, b: drawn.append((path, a, b)))
+    metrics.plot(tmp_path, test, again)
+    (path, rows, titles), (other, a, b) = drawn
+    assert [path.name, other.name] == ["samples.png", "channels.png"] and len(titles) == 8
+    codes, rows_of_codes = np.unique(test.pdg, return_counts=True)
+    names = [{22: "gamma", 2112: "n", 3122: "Lambda"}[code] for code in codes[np.argsort(-rows_of_codes)]]
+    assert [title.split()[0] for title in titles[:3]] == names and len(set(titles)) == 8
+    assert len(rows["data"]) == len(rows["model"]) == 8
+    np.testing.assert_array_equal(a, metrics.channels(test.responses))
+
+
+# ---------------------------------------------------------------------------------------------------- command
 
 def write(path, responses, particles, pdg, **attributes):
     with h5py.File(path, "w") as file:
@@ -460,10 +537,11 @@ def files(tmp_path):
 
 def test_the_command_prints_a_table_and_writes_json(files, tmp_path):
     out = tmp_path / "scores.json"
-    code = ("import sys, metrics, common; metrics.CLASSIFIER.update(rows=100, epochs=1, width=8, trainings=2); "
+    code = ("import sys, metrics, common; "
+            "metrics.CLASSIFIER.update(rows=100, epochs=1, width=8, trainings=2); "
             "common.run(lambda: metrics.main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, *files[:3], "--oracle", files[3], "--json", str(out)], cwd=ROOT,
-                          text=True, capture_output=True, env=os.environ)
+    command = [sys.executable, "-c", code, *files[:3], "--oracle", files[3], "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ)
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:2 + len(metrics.SCORES)]] == list(metrics.SCORES)
@@ -476,19 +554,21 @@ def test_the_command_prints_a_table_and_writes_json(files, tmp_path):
 
 def test_the_command_without_classifier(files, capsys):
     scores = metrics.main([*files[:2], "--no-classifier", "--convention", "o2"])
-    assert "AUC" not in capsys.readouterr().out and scores["convention"] == "o2" and scores["classifier"] is None
+    assert "AUC" not in capsys.readouterr().out
+    assert scores["convention"] == "o2" and scores["classifier"] is None
 
 
 def test_mistakes_end_in_one_line(files, tmp_path):
     real, others, particles, pdg = sets(1, shape=(44, 44), rate=0.2)
     shuffled = write(tmp_path / "shuffled.h5", others[0], particles[::-1], pdg)
     short = write(tmp_path / "short.h5", others[0][1:], particles[1:], pdg[1:])
-    for arguments, word in (([files[0], shuffled], "row by row"), ([files[0], short], "240 and 239|239 and 240"),
-                            ([files[0], "nowhere.h5"], "nowhere.h5"), ([files[0], __file__], "test_metrics"),
+    for arguments, word in (([files[0], shuffled], "row by row"), ([files[0], "nowhere.h5"], "nowhere.h5"),
+                            ([files[0], short], "240 and 239|239 and 240"),
+                            ([files[0], __file__], "test_metrics"),
                             ([files[0], files[1], "--detector", "zp"], "zp")):
         with pytest.raises(UserError, match=word):
             metrics.main([*arguments, "--no-classifier"])
-    for arguments in ([files[0], shuffled], [files[0]], [files[0], files[1], "--convention", "x"]):
-        done = subprocess.run([sys.executable, "metrics.py", *arguments], cwd=ROOT, text=True, capture_output=True)
-        assert done.returncode == 2 and not done.stdout
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    command = [sys.executable, "metrics.py", files[0], shuffled]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -23,7 +23,7 @@ from common import UserError
 
 KEY = jax.random.key(0)
 EVERY = [(arch, variant) for arch in vae.BLOCKS for variant in vae.LOSSES]
-FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--latent", "3", "--quiet"]
+FLAGS = ["--n", "700", "--epochs", "8", "--lr", "0.01", "--batch-size", "64", "--latent", "3", "--quiet"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +40,10 @@ def network(arch="mixer", variant="vae", likelihood="logistic", detector="zn", c
 
 def filled_network(*which):
     """network(*which) with weights from NumPy, which need not be compiled."""
+    shapes, rest = eqx.partition(eqx.filter_eval_shape(network, *which), lambda leaf: hasattr(leaf, "shape"))
     rng = np.random.default_rng(0)
-    fill = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32) if hasattr(leaf, "shape") else leaf
-    return jax.tree.map(fill, eqx.filter_eval_shape(network, *which))
+    fill = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
+    return eqx.combine(jax.tree.map(fill, shapes), rest)
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -118,7 +119,7 @@ def test_reconstruction_loss_is_the_log_likelihood():
 
 
 def test_batch_loss_weighs_its_terms():
-    """Both terms of "logistic" count the latent; a squared error is a normal likelihood of the best variance."""
+    """Both terms of "logistic" count the latent; a squared error is a normal likelihood of best variance."""
     counts, c = np.full((5, 1, 1), 4, np.uint16), np.zeros((5, 14), np.float32)
 
     class Net(OneFibre):
@@ -298,7 +299,8 @@ def test_what_encoder_and_decoder_see_of_the_particle(variant, small_detectors):
     assert not np.array_equal(before[2], outputs(jnp.zeros(14), jnp.ones(vae.NOISE))[2])
 
 
-@pytest.mark.parametrize("arch, variant, likelihood", [("cnn", "noise-sinkhorn", "poisson"), ("vit", "supervised", "mse")])
+@pytest.mark.parametrize("arch, variant, likelihood", [
+    ("cnn", "noise-sinkhorn", "poisson"), ("vit", "supervised", "mse")])
 def test_every_weight_learns(arch, variant, likelihood, small_detectors):
     rng = np.random.default_rng(0)
     counts, c = rng.poisson(2, (6, 12, 12)).astype(np.uint16), rng.normal(size=(6, 14)).astype(np.float32)
@@ -312,7 +314,7 @@ def test_every_weight_learns(arch, variant, likelihood, small_detectors):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_detectors):
     folder = tmp_path_factory.mktemp("vae") / "run"
-    return folder, vae.main([*FLAGS, "--epochs", "20", "--run", str(folder)])
+    return folder, vae.main([*FLAGS, "--run", str(folder)])
 
 
 def losses(folder, name):
@@ -342,7 +344,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
     loss = partial(vae.batch_loss, variant="vae", likelihood="logistic", beta=1.0)
 
     def run(*flags):
-        plan = common.plan(vae.parse([*FLAGS, "--epochs", "3", *map(str, flags)]))
+        plan = common.plan(vae.parse([*FLAGS, *map(str, flags)]))              # compiled by the run above
         return vae.train(network(), loss, arrays, rows, plan)[0]
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)
     assert losses(tmp_path / "cut", "reconstruction") == losses(tmp_path / "whole", "reconstruction")
@@ -350,7 +352,8 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
 
 @pytest.mark.parametrize("flags, message", [
     ("--batch-size 500", "expected 2 to 489"), ("--steps 3", "unrecognized"),
-    ("--arch resnet", "invalid choice"), ("--latent 0", "between 1 and 1024"), ("--generate a.csv", "--generate needs --load")])
+    ("--arch resnet", "invalid choice"), ("--latent 0", "between 1 and 1024"),
+    ("--generate a.csv", "--generate needs --load")])
 def test_wrong_flags(flags, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: vae.main([*FLAGS, *flags.split(), "--run", str(tmp_path / "run")]))
