@@ -35,7 +35,7 @@ def test_every_framework_has_weights_for_both_detectors():
 
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 def test_generate(path, lists, tmp_path, monkeypatch):
-    """Responses of known particles are about as bright as the simulator's; the json file is of the same run."""
+    """Responses of known particles are about as bright as the simulator's; the json file is of that run."""
     header, row = common.read_header(path), json.loads(path.with_suffix(".json").read_text())
     assert f"{header['script']}-{header['detector']}" == path.stem
     assert header["flags"] == row["flags"]
