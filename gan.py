@@ -11,8 +11,7 @@ the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 
 the real one is (`--aux`), a factor for all counts (`--post`).
 
 Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as fm.py, and a count is drawn
-from it; the gradient is that of a softened count. `--counts round` is the papers' way: log responses,
-rounded.
+from it; the gradient is that of a softened count. `--counts round` rounds log responses, as the papers do.
 
     python gan.py --detector zn                          ten minutes of training on two CPU cores
     python gan.py --load weights/gan-zn.eqx --generate particles.csv --out responses.h5
@@ -37,6 +36,7 @@ from papers import TransformerBlock
 from simulator import DETECTORS, Detector
 
 NOISE = 10            # numbers into the generator, as many as ALICE O2 feeds its networks
+SOFTNESS = 0.3        # of the step from 0 to 1 photon, on the axis 2 sqrt(n); chosen on validation rows
 PEAK_STEPS = 2000     # batches that the peak finder learns from
 FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
@@ -88,8 +88,8 @@ def adversarial_loss(real, fake):
 
 
 def relativistic_loss(real, fake):
-    """The same, but the two are compared (Jolicoeur-Martineau 2019): the critic cannot win by a value for all
-    that is made, so that the generator has to keep up with every particle."""
+    """The same with the two compared (Jolicoeur-Martineau 2019): what counts is the difference for one
+    particle, so the critic cannot win by particles that are easy to tell."""
     return jax.nn.softplus(fake - real), jax.nn.softplus(real - fake)
 
 
@@ -111,11 +111,11 @@ def anchor_loss(maps, counts, how):
 
 
 def diversity_loss(embedding, other, noise, other_noise, spread):
-    """f_div |z_1 - z_2| / |D_e(G(c, z_1)) - D_e(G(c, z_2))| for one particle with the spread f_div, two
-    noises and the critic's embeddings D_e of what is made of them: the more a particle's responses differ,
-    the more shall ours."""
-    distance = jnp.mean(jnp.abs(embedding - other))
-    return spread * jnp.mean(jnp.abs(noise - other_noise)) / (distance + 1e-3) # [Comparison, Eq. 4]
+    """f_div |z_1 - z_2| / |D_e(G(c, z_1)) - D_e(G(c, z_2))| for one particle, with two noises z and the
+    critic's embeddings D_e of both responses. Responses that hardly depend on z cost more where the
+    particle's real ones differ more, by their spread f_div."""
+    distance = jnp.mean(jnp.abs(embedding - other)) + 1e-3
+    return spread * jnp.mean(jnp.abs(noise - other_noise)) / distance          # [Comparison, Eq. 4]
 
 
 def peak(x):
@@ -160,7 +160,8 @@ def batch_loss(net, counts, c, key, how, loss, weights):
     if weights.penalty:
         few = slice(max(size // 8, 1))                                         # second derivatives are slow
         both = jnp.concatenate([x[few], frozen(made)[few]]), jnp.tile(c[few], (2, 1))
-        parts["penalty"] = jax.vmap(partial(gradient_penalty, net.critic))(*both).mean()
+        penalties = jax.vmap(partial(gradient_penalty, net.critic))(*both)
+        parts["penalty"] = penalties.mean()                                    # R1 / 2 + R2 / 2
     if weights.anchor:
         parts["anchor"] = jax.vmap(partial(anchor_loss, how=how))(maps, counts).mean()
     if weights.l2:
@@ -190,9 +191,6 @@ def picture(counts, how):
 def count_distribution(maps):
     """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from the two maps."""
     return maps[0], data.bounded_scale(maps[1])
-
-
-SOFTNESS = 0.3   # of the step from 0 to 1 photon on the axis 2 sqrt(n); chosen on validation rows
 
 
 def draw_picture(maps, how, key):

@@ -6,12 +6,12 @@ are four ways to a latent for a new particle c, whose response is then D(z); R i
     supervised      L = R + beta |E(x) - c|^2                      (Eq. 1)    z = c
     noise-l2        L = R + beta |G(c, e) - E(x)|^2                           z = G(c, e), e ~ N(0, 1)
     noise-sinkhorn  L = R + beta S((G(c, e), c), (E(x), c))        (Eq. 2)    z = G(c, e), e ~ N(0, 1)
-G is a noise generator and S the Sinkhorn divergence, a distance of two distributions.
+G is a noise generator and S the Sinkhorn divergence, a distance of two distributions. All terms are per fibre
+or per number of the latent, so that beta does not depend on their sizes.
 
 Photons are counts, drawn from what is decoded, so that R = -log p(x | z) has no weight to tune. Photons come
 in bursts and spread more than Poisson counts of a decoded rate (`--likelihood poisson`), so the default
-decodes a logistic distribution of 2 sqrt(n) for each fibre. `mse` is the papers' way: squared error of log
-responses.
+decodes a logistic distribution of 2 sqrt(n) per fibre. `mse`: squared error of log responses, as the papers.
 
     python vae.py --detector zn                          eleven minutes of training on two CPU cores
     python vae.py --load weights/vae-zn.eqx --generate particles.csv --out responses.h5
@@ -63,8 +63,8 @@ def parse(argv):
 # A loss returns its two terms, for one response (H, W) of a particle c (C,) and noise (net.noise,).
 
 def elbo(net, counts, c, noise, likelihood):
-    """The negative evidence lower bound (Kingma and Welling 2014), -log p(x | z) + KL(q(z | x, c) || N(0,
-    1)), in nats per fibre."""
+    """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre:
+    -log p(x | z) + KL(q(z | x, c) || N(0, 1))."""
     mean, log_std = jnp.split(net.encode(jnp.log1p(counts), c), 2)
     log_std = jnp.clip(log_std, -8, 4)
     z = mean + jnp.exp(log_std) * noise                                        # z ~ q(z | x, c)
@@ -73,21 +73,21 @@ def elbo(net, counts, c, noise, likelihood):
 
 
 def supervised_loss(net, counts, c, noise, likelihood):
-    """The latent is to be the particle itself; without noise."""
+    """The latent learns to be the particle itself; `noise` is empty."""
     z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((z - c)**2)                                            # [Comparison, Eq. 1]
     return reconstruction_loss(net.decode(z, c), counts, likelihood), distance
 
 
 def noise_l2_loss(net, counts, c, noise, likelihood):
-    """A generator makes the latent of a particle, at best its mean: the target is the same for all noise."""
+    """A generator learns the latent of a particle, at best its mean: the target is the same for all noise."""
     z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((net.generate(c, noise) - z)**2)
     return reconstruction_loss(net.decode(z, c), counts, likelihood), distance
 
 
 def noise_sinkhorn_loss(net, counts, c, noise, likelihood):
-    """A generator makes the distribution of latents, which takes a whole batch to compare: counts (B, H, W),
+    """A generator learns the distribution of latents, which takes a whole batch to compare: counts (B, H, W),
     c (B, C), noise (B, NOISE)."""
     z, made = jax.vmap(net.encode)(jnp.log1p(counts), c), jax.vmap(net.generate)(c, noise)
     # beside the particle: the latents of each particle are to agree, not only those of all together

@@ -623,7 +623,8 @@ def train_stages(args, grid, dataset, split, scaler):
 
 def print_usage(name, tokens, codes):
     """The `usage` of the codes over the tokens of all responses, printed, with a warning of a collapse."""
-    found = {score: float(value) for score, value in usage(jnp.asarray(tokens), codes).items()}
+    found = jax.jit(usage, static_argnums=1)(tokens, codes)
+    found = {score: float(value) for score, value in found.items()}
     warning = "COLLAPSED: " if found["used"] < 0.1 else ""
     print(f"{warning}{name}: {100 * found['used']:.1f} % of {codes} codes used, "
           f"perplexity {found['perplexity']:.1f}")
@@ -633,12 +634,13 @@ def print_usage(name, tokens, codes):
 def cost(net, conditions, steps):
     """{"parameters", "mflop", "evaluations"} of a response: all evaluations of the prior, and the decoder."""
     order, c = spread_order(net.decoder.grid.shape), jnp.zeros(conditions)
-    tokens, given = jnp.zeros(len(order), jnp.int32), c if net.particle is None else net.particle.tokens(c)
+    tokens = jnp.zeros(len(order), jnp.int32)
+    given = c if net.particle is None else jnp.zeros(papers.PARTICLE_TOKENS, jnp.int32)
     stages, calls = order, [eqx.Partial(net.prior, tokens, given)]             # the cache: each place once
     if isinstance(net.prior, Masked):
         stages = passes(len(order), steps)
         calls = [eqx.Partial(net.prior, tokens, known, order[known:end], given) for known, end in stages]
-    calls.append(eqx.Partial(net.decoder, net.codes[tokens], c))
+    calls.append(eqx.Partial(net.decoder, jnp.zeros((len(order), DIMENSION)), c))
     mflop = sum(common.network_cost(call)["mflop"] for call in calls)
     return {"parameters": common.count_parameters(net), "mflop": mflop, "evaluations": len(stages)}
 

@@ -16,7 +16,7 @@ import metrics
 import tiny
 
 KEY = jax.random.key(0)
-FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--warm", "3", "--quiet"]
+FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--quiet"]
 SHAPES = {name: detector.shape for name, detector in data.DETECTORS.items()}
 NOTHING = gan.Weights(0, 0, 0, 0, 0)
 
@@ -343,7 +343,7 @@ def test_shapes(how, conditions, precision, detector, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- runs
 
-RUN = "--epochs", "3", "--post", "--sdi", "0.1", "--penalty", "0"             # second derivatives: see above
+RUN = "--epochs", "3", "--post", "--sdi", "0.1", "--penalty", "0", "--warm", "0"
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,7 @@ def test_saved_and_loaded(trained, tmp_path):
 
 def test_resume_is_as_uninterrupted(arrays, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
-    weights = gan.Weights(penalty=0.0, anchor=2.0, l2=0.0, sdi=0.1, aux=0.0)    # compiled by the run above
+    weights = gan.Weights(penalty=0.0, anchor=2.0, l2=0.0, sdi=0.1, aux=0.0)   # as the run above
     net = adversaries(aux=False)
     loss = partial(gan.batch_loss, how="sample", loss="relativistic", weights=weights)
 

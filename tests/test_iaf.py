@@ -1,11 +1,10 @@
-"""iaf.py: objectives by hand, densities by integrals, masks by Jacobians, inverses of flows and splines, one run."""
+"""iaf.py: objectives by hand, densities by integrals, masks by Jacobians, inverses of flows, one run."""
 import json
 import math
 import shutil
-from functools import partial
+from functools import cache, partial
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,47 +22,55 @@ from common import UserError
 from simulator import DETECTORS
 
 KEY = jax.random.key(0)
-FLAGS = ["--n", "700", "--epochs", "2", "--sum-epochs", "2", "--student-epochs", "2", "--batch-size", "64", "--quiet"]
+FLAGS = "--n 700 --batch-size 64 --epochs 2 --sum-epochs 2 --student-epochs 2 --quiet".split()
 LOGIT = iaf.Logit(noise=0.5, mean=-1.75, std=1.9, low=10)
-SMALL = {"local": partial(iaf.Flow, orders=(1, -1), width=8, hidden=4, group=4, outputs=2, embedding=8),
-         "paper": partial(iaf.Flow, orders=(-1, 3), width=6, hidden=None, group=1, outputs=iaf.NUMBERS, embedding=8)}
+OURS = partial(iaf.Flow, width=8, hidden=4, group=4, outputs=2, embedding=8)
+PAPER = partial(iaf.Flow, width=6, hidden=None, group=1, outputs=iaf.NUMBERS, embedding=8)
+SMALL = {"local": partial(OURS, orders=(1, -1)), "paper": partial(PAPER, orders=(-1, 3)),
+         "one": partial(OURS, orders=(-1,)), "pair": partial(OURS, orders=(-1,), group=1)}
 
 
-def one_block(name, order):
-    """A network of runs: its flows have one block, which compiles in half the time, and are made in one call."""
-    def make(detector, conditions, logit, kind, key):
-        return eqx.filter_jit(partial(SMALL[name], detector, conditions, logit, kind, orders=(order,)))(key=key)
-    return make
+def compiled(make, order):
+    """A network of runs, with one block, made in one call."""
+    def network(detector, conditions, logit, kind, key):
+        return eqx.filter_jit(partial(make, detector, conditions, logit, kind, orders=(order,)))(key=key)
+    return network
 
 
 def score_w(args, generate, tests, label):
     """In place of metrics.score_model: W alone."""
-    channels = lambda name: [metrics.channels(a) for a in (tests[name].responses, generate(tests[name].particles, 0))]
-    return {name: {"W": metrics.wasserstein(*channels(name))} for name in tests}
+    pairs = {name: (test.responses, generate(test.particles, 0)) for name, test in tests.items()}
+    return {name: {"W": metrics.wasserstein(*map(metrics.channels, pair))} for name, pair in pairs.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shrunk(small_detectors):
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink(patch.setattr)
-        patch.setattr(iaf, "NETWORKS", {"local": one_block("local", -1), "paper": one_block("paper", 3)})
+        patch.setattr(iaf, "NETWORKS", {"local": compiled(OURS, -1), "paper": compiled(PAPER, 3)})
         patch.setattr(metrics, "score_model", score_w)
         yield
 
 
-def toy_flow(name="local", kind="teacher", shape=(4, 6), conditions=14, scale=0.1, make=SMALL, logit=LOGIT):
+@cache
+def toy_flow(name="local", kind="teacher", shape=(4, 6), conditions=14, scale=0.1):
     """A flow of a detector of few fibres whose weights, zero or small at first, are all at work."""
     detector, rng = DETECTORS["zn"]._replace(shape=shape), np.random.default_rng(5)
-    shapes = eqx.filter_eval_shape(partial(make[name], detector, conditions, logit, kind), key=KEY)
-    move = lambda a: np.float32(scale * rng.normal(size=a.shape)) if isinstance(a, jax.ShapeDtypeStruct) else a
-    return jax.tree.map(move, shapes)                                          # by NumPy: nothing is compiled
+    shapes = eqx.filter_eval_shape(partial(SMALL[name], detector, conditions, LOGIT, kind), key=KEY)
+    fill = lambda leaf: np.float32(scale * rng.normal(size=leaf.shape))        # by NumPy: nothing is compiled
+    return jax.tree.map(lambda leaf: fill(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, shapes)
+
+
+def one_pass(flow):
+    """Its last state for a batch, compiled."""
+    return jax.jit(jax.vmap(lambda *row: flow(*row)[0][-1]))
 
 
 def examples(rows=3, fibres=24, conditions=14):
     """Numbers (rows, fibres), conditions and photon sums."""
-    keys = jax.random.split(jax.random.key(1))
-    totals = jnp.array([12.0, 200.0, 2000.0])[:rows]
-    return jax.random.normal(keys[0], (rows, fibres)), 0.3 * jax.random.normal(keys[1], (rows, conditions)), totals
+    rng, totals = np.random.default_rng(1), np.float32([12, 200, 2000])
+    x, c = rng.normal(size=(rows, fibres)), 0.3 * rng.normal(size=(rows, conditions))
+    return np.float32(x), np.float32(c), totals[:rows]
 
 
 class Steps(eqx.Module):
@@ -109,8 +116,7 @@ def test_likelihood_of_an_affine_flow():
 
 def test_likelihood_integrates_to_one():
     """Over all logits of a detector of two fibres."""
-    pair = partial(iaf.Flow, orders=(1, -1), width=6, hidden=4, group=1, outputs=2, embedding=4)
-    flow, (_, c, _) = toy_flow("pair", shape=(1, 2), scale=0.05, make={"pair": pair}), examples(1)
+    flow, (_, c, _) = toy_flow("pair", shape=(1, 2), scale=0.05), examples(1)
     nll = jax.jit(jax.vmap(lambda x: iaf.flow_nll(flow, x, c[0], jnp.float32(3))))
     edges = np.linspace(-9, 9, 601)
     points = np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2)
@@ -154,8 +160,9 @@ def test_a_photon_lies_at_the_same_place_for_every_sum():
 def test_fitted_logits_fill_three_quarters_of_the_box():
     responses = poisson(300)
     logit = iaf.fit_logit(0.5, responses)
-    u, total = np.random.default_rng(0).random(responses.shape, np.float32), responses.sum((1, 2), keepdims=True)
-    x = iaf.to_logit(responses + 0.5 * u, total, logit)[0]
+    light = responses + 0.5 * np.random.default_rng(0).random(responses.shape, np.float32)
+    total = responses.sum((1, 2), keepdims=True)
+    x = iaf.to_logit(light, total, logit)[0]
     assert float(x.max()) == pytest.approx(4.5, abs=1e-3) and float(x.min()) == pytest.approx(-4.5, abs=1e-3)
     assert logit.low == min(total.min(), data.CUT) and iaf.fit_logit(0.5, 0 * responses + 1).low == data.CUT
 
@@ -171,7 +178,7 @@ class Fixed(eqx.Module):
 
 
 def mixture(low=10):
-    """Two logistic distributions of log S, cut below `low`: P(S) for S = low .. 6000 by scipy, and its network."""
+    """Two logistic distributions of log S, cut below `low`: a network, S = low .. 6000, and P(S) by scipy."""
     weights, places, scales, numbers = np.array([0.3, 0.7]), [2.0, 6.0], [0.4, 0.1], np.arange(low, 6000)
     cdf = lambda s, k: stats.logistic.cdf(np.log(s), places[k], scales[k])
     p = sum(w * (cdf(numbers + 0.5, k) - cdf(numbers - 0.5, k)) / (1 - cdf(low - 0.5, k))
@@ -181,7 +188,7 @@ def mixture(low=10):
 
 def test_likelihood_of_sums():
     net, numbers, p = mixture()
-    nats = np.float64(jax.vmap(lambda total: iaf.sum_nll(net, total, None, 10))(jnp.asarray(numbers, jnp.float32)))
+    nats = np.float64(jax.vmap(lambda total: iaf.sum_nll(net, total, None, 10))(np.float32(numbers)))
     assert np.exp(-nats).sum() == pytest.approx(1, abs=2e-3)
     np.testing.assert_allclose(nats[[0, 1, 47, 393, 1190]], -np.log(p[[0, 1, 47, 393, 1190]]), rtol=2e-3)
     loss, _ = iaf.sum_loss(net, jnp.array([[[4, 6]], [[50, 7]]], jnp.uint16), jnp.zeros((2, 3)), KEY, 10)
@@ -199,22 +206,23 @@ def test_sums_are_drawn_from_that_distribution():
 
 def test_the_network_of_sums_learns_a_distribution(tmp_path):
     """Two particles, of 20 and of about 500 photons."""
-    rng, kind = np.random.default_rng(0), np.arange(1024) % 2
-    totals = np.where(kind, rng.poisson(500, 1024), 20).astype(np.uint16)
+    rng, kind = np.random.default_rng(0), np.arange(512) % 2
+    totals = np.where(kind, rng.poisson(500, 512), 20).astype(np.uint16)
     c = (2.0 * kind - 1)[:, None] * np.ones((1, 14), np.float32)
-    plan = common.plan(iaf.parse([*FLAGS, "--epochs", "20", "--lr", "5e-3", "--ema", "0.9", "--run", str(tmp_path)]))
+    flags = "--epochs", "30", "--lr", "1e-2", "--ema", "0.9", "--run", str(tmp_path)
+    plan, loss = common.plan(iaf.parse([*FLAGS, *flags])), partial(iaf.sum_loss, low=10)
     arrays = totals[:, None, None], np.float32(c)
-    net, _ = iaf.train(iaf.Mixture(14, KEY, width=32), partial(iaf.sum_loss, low=10), arrays, np.arange(1024), plan)
+    net, _ = iaf.train(iaf.Mixture(14, KEY, width=32), loss, arrays, np.arange(512), plan)
     drawn = np.asarray(iaf.draw_totals(net, jnp.asarray(arrays[1]), KEY, 10))
     assert np.median(drawn[kind == 0]) == pytest.approx(20, abs=1.5)
     assert drawn[kind == 1].mean() == pytest.approx(500, rel=0.1)
 
 
-# -------------------------------------------------------------------------------------------------- distillation
+# ----------------------------------------------------------------------------------------------- distillation
 
 @pytest.mark.parametrize("error, between", [(0.0, 0.0), (0.0, 0.3), (0.2, 0.0)])
 def test_both_loops_by_hand(error, between):
-    """The teacher adds 1 and doubles; the student undoes that but for errors at its end or after its first block."""
+    """The teacher adds 1 and doubles; the student undoes that but for an error at its end or between."""
     teacher = Steps((lambda x: x + 1, lambda x: 2 * x))
     student = Steps((lambda z: z / 2 + between, lambda y: y - between - 1 + error))
     x, z = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.1])
@@ -237,29 +245,30 @@ def test_only_the_student_learns_from_the_data_loop():
 
 
 def test_channel_and_light_losses_by_hand():
-    """Squares of the differences of the channels' shares, mean over blocks and channels, and of 2 sqrt(n + nu)."""
+    """Squared differences of the channels' shares, mean over blocks and channels, and of 2 sqrt(n + nu)."""
     made, truth = np.float32(poisson(3, seed=1)), np.float32(poisson(1, seed=2))
     shares = [metrics.channels(counts) / counts.sum((1, 2))[:, None] for counts in (made, truth)]
     found = iaf.channel_loss(made.reshape(3, -1), truth.ravel(), DETECTORS["zn"])
     assert found == pytest.approx(np.mean((shares[0] - shares[1])**2), rel=1e-4)
     found = iaf.light_loss(made[0].ravel(), truth.ravel(), 0.5)
-    assert found == pytest.approx(np.mean((2 * np.sqrt(made[0] + 0.5) - 2 * np.sqrt(truth[0] + 0.5))**2), rel=1e-4)
+    roots = [2 * np.sqrt(counts[0] + 0.5) for counts in (made, truth)]
+    assert found == pytest.approx(np.mean((roots[0] - roots[1])**2), rel=1e-4)
 
 
 def test_student_loss_is_the_weighted_sum_of_its_parts():
-    counts, c, weights = jnp.asarray(poisson(4)), jnp.zeros((4, 14)), jnp.array([0.0, 1.0, 2.0, 5.0])
-    loss = partial(iaf.student_loss, channel_weight=10.0, light_weight=3.0)
+    counts, c, weights = poisson(4), np.zeros((4, 14)), np.array([0.0, 1.0, 2.0, 5.0])
     teacher, right, wrong = (Steps((lambda x, a=a: a * x + (1 - a),)) for a in (2.0, 0.5, 0.25))
-    total, parts = loss(right, counts, c, weights, teacher, KEY)
+    run = partial(iaf.student_loss, wrong, counts, c, teacher=teacher, key=KEY, channel_weight=10.0)
+    loss = jax.jit(lambda weights, light: run(weights, light_weight=light))
+    total, parts = iaf.student_loss(right, counts, c, weights, teacher, KEY, 10.0, 3.0)
     assert total < 1e-6 and max(parts.values()) < 1e-7                         # it is the teacher undone
-    even, parts = loss(wrong, counts, c, jnp.ones(4), teacher, KEY)
+    even, parts = loss(np.ones(4), 3.0)
     assert min(parts[name] for name in ("data loop", "latent loop", "channels", "light")) > 1e-5
     expected = parts["data loop"] + parts["latent loop"] + 10 * parts["channels"] + 3 * parts["light"]
     assert even == pytest.approx(float(expected), rel=1e-4)
-    one = [loss(wrong, counts, c, weights == w, teacher, KEY)[0] - loss(wrong, counts, c, 0 * weights, teacher, KEY)[0]
-           for w in weights]
-    weighted = loss(wrong, counts, c, weights, teacher, KEY)[0] - loss(wrong, counts, c, 0 * weights, teacher, KEY)[0]
-    assert weighted == pytest.approx(float(sum(w * part for w, part in zip(weights, one))), rel=1e-2)
+    channels = lambda weights: float(loss(weights, 0.0)[0] - loss(0 * weights, 0.0)[0])
+    expected = sum(w * channels(np.float64(weights == w)) for w in weights)
+    assert channels(weights) == pytest.approx(expected, rel=1e-2)
 
 
 def test_diversity_weights():
@@ -273,7 +282,7 @@ def test_diversity_weights():
     inverse = 1 / np.array(spread)
     scaled = np.append((inverse - inverse.min()) / np.ptp(inverse), 0) * np.array([4, 2, 3, 1])
     expected = (scaled[ids] / scaled[ids].mean() + 0.1) / 1.1
-    order = rng.permutation(12)                                                # ten rows of training among twelve
+    order = rng.permutation(12)                                                # ten of twelve are trained on
     everything = lambda a: np.concatenate([a, a[:2]])[np.argsort(order)]
     found = papers.diversity_weights(everything(responses), everything(particles), order[:10])
     np.testing.assert_allclose(found[order], [*expected, 1, 1], rtol=1e-4)
@@ -285,28 +294,19 @@ def test_diversity_weights():
 
 def test_the_student_draws_in_chunks():
     """70 responses, of 64 and 6, are those of one pass."""
-    flow, keys = toy_flow(kind="student"), jax.random.split(KEY)
+    flow, keys = toy_flow("one", "student"), jax.random.split(KEY)
     c, total = 0.3 * jax.random.normal(keys[0], (70, 14)), jnp.linspace(10, 900, 70)
     found = jax.jit(lambda *rows: iaf.draw_light(iaf.Generator(None, flow), *rows))(c, total, keys[1])
     z = jax.random.normal(keys[1], (70, 24))
-    x = jax.jit(jax.vmap(lambda *row: flow(*row)[0][-1]))(z, c, total)
+    x = one_pass(flow)(z, c, total)
     np.testing.assert_allclose(found, iaf.from_logit(x, total[:, None], LOGIT), rtol=1e-3, atol=1e-4)
-
-
-def test_the_teacher_draws_what_it_maps_to_noise():
-    narrow = LOGIT._replace(std=0.5)                                           # whose counts float32 can hold
-    flow, (_, c, total) = toy_flow(scale=0.2, logit=narrow), examples()
-    light = jax.jit(lambda *rows: iaf.draw_light(iaf.Generator(None, flow), *rows))(c, total, KEY)
-    x, _ = iaf.to_logit(light, total[:, None], narrow)
-    z = jax.jit(jax.vmap(lambda *row: flow(*row)[0][-1]))(x, c, total)
-    np.testing.assert_allclose(z, jax.random.normal(KEY, (3, 24)), atol=0.02)
 
 
 @pytest.mark.parametrize("how, expected", [
     ("floor", [0, 1, 2, 1]), ("round", [0, 1, 2, 2]), ("floor-renormalise", [0, 2, 4, 2]),
     ("round-renormalise", [0, 2, 3, 2]), ("scale-floor", [0, 2, 3, 2]), ("scale-round", [0, 2, 3, 2])])
 def test_noise_removal(how, expected):
-    """0.4, 1.3, 2.1 and 1.8 with noise below 0.5: counts 0, 1, 2, 1 (or 2, where noise cannot have been), scaled to 7."""
+    """0.4, 1.3, 2.1 and 1.8 with noise below 0.5 and a photon sum of 7."""
     found = iaf.remove_noise(jnp.array([[0.4, 1.3, 2.1, 1.8]]), jnp.array([7.0]), how, 0.5)
     np.testing.assert_array_equal(found, [expected])
 
@@ -316,8 +316,8 @@ def test_counts_come_back(noise):
     """Counts to logits and back; subtracting the mean of a range of 1 may end at either side."""
     rng, logit = np.random.default_rng(0), LOGIT._replace(noise=noise)
     counts = rng.poisson(rng.gamma(0.05, 8.0, (4, 400)) + 0.01).astype(np.float32)
-    noisy, total = counts + noise * rng.uniform(0.01, 0.99, counts.shape).astype(np.float32), jnp.asarray(counts.sum(1))
-    light = iaf.from_logit(iaf.to_logit(jnp.asarray(noisy), total[:, None], logit)[0], total[:, None], logit)
+    noisy, total = counts + np.float32(noise * rng.uniform(0.01, 0.99, counts.shape)), counts.sum(1)
+    light = iaf.from_logit(iaf.to_logit(noisy, total[:, None], logit)[0], total[:, None], logit)
     exact = {1.0: ("floor",), 0.75: iaf.REMOVALS[:3]}.get(noise, set(iaf.REMOVALS) - {"round-renormalise"})
     for how in exact:
         np.testing.assert_array_equal(iaf.remove_noise(light, total, how, noise), counts)
@@ -348,7 +348,7 @@ def test_orders():
 
 @pytest.mark.parametrize("name, conditions", [("local", 14), ("paper", 9)])
 def test_blocks_are_autoregressive(name, conditions):
-    """d numbers_i / d x_j is 0 for j from i on, by automatic differentiation, and the particle reaches all fibres."""
+    """d numbers_i / d x_j is 0 for j >= i, by automatic differentiation; the particle reaches every fibre."""
     flow, (x, c, total) = toy_flow(name, conditions=conditions, scale=0.3), examples(conditions=conditions)
     e, near = flow.given(c[0], total[1])
     for order, block in zip(flow.orders, flow.blocks):
@@ -358,7 +358,7 @@ def test_blocks_are_autoregressive(name, conditions):
         assert (to_e.max(1) > 0).all()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["local", "paper"])
 def test_determinant_of_the_flow(name):
     flow, rows = toy_flow(name, scale=0.03), examples()
     jacobians = np.float64(jax.jit(jax.vmap(jax.jacfwd(lambda *row: flow(*row)[0][-1])))(*rows))
@@ -372,8 +372,7 @@ def test_naive_and_incremental_are_the_way_back(name, kind):
     naive, incremental = (jax.jit(jax.vmap(partial(flow.invert, how=how)))(z, c, total)
                           for how in ("naive", "incremental"))
     np.testing.assert_allclose(naive, incremental, atol=2e-3)
-    again = jax.jit(jax.vmap(lambda *row: flow(*row)[0][-1]))(incremental, c, total)
-    np.testing.assert_allclose(again, z, atol=5e-3)
+    np.testing.assert_allclose(one_pass(flow)(incremental, c, total), z, atol=5e-3)
 
 
 def test_naive_passes_make_a_fibre_each():
@@ -385,6 +384,9 @@ def test_naive_passes_make_a_fibre_each():
 
 
 # ----------------------------------------------------------------------------------------------------- spline
+
+spline, inverse_spline = jax.jit(iaf.spline), jax.jit(iaf.inverse_spline)
+
 
 def numbers_like(rows, seed=0, scale=2.0):
     return np.random.default_rng(seed).normal(0, scale, (rows, iaf.NUMBERS)).astype(np.float32)
@@ -407,13 +409,13 @@ def exact(x, numbers):
 def test_spline_is_its_definition():
     """Values, slopes by differences, and the inverse by bisection."""
     x, numbers, h = np.float32(np.random.default_rng(1).uniform(-7, 7, 200)), numbers_like(200), 1e-6
-    y, log_slope = iaf.spline(jnp.asarray(x), jnp.asarray(numbers))
+    y, log_slope = spline(x, numbers)
     x = np.float64(x)
     np.testing.assert_allclose(y, [exact(a, n) for a, n in zip(x, numbers)], atol=2e-4)
     slope = [(exact(a + h, n) - exact(a - h, n)) / (2 * h) for a, n in zip(x, numbers)]
     np.testing.assert_allclose(log_slope, np.log(slope), atol=5e-3)
-    mild = 0.5 * numbers                                                       # where a spline is flat, y says little
-    found = iaf.inverse_spline(jnp.asarray(x, jnp.float32), jnp.asarray(mild))
+    mild = 0.5 * numbers                                                       # flat ones leave x unsure
+    found = inverse_spline(np.float32(x), mild)
     expected = [optimize.bisect(lambda a: exact(a, n) - b, -8, 8, xtol=1e-9) for b, n in zip(x, mild)]
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -421,26 +423,25 @@ def test_spline_is_its_definition():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0, 3))
 def test_spline_rises_and_is_undone(seed, scale):
-    x, numbers = jnp.linspace(-8, 8, 321), jnp.asarray(numbers_like(1, seed, scale)).repeat(321, axis=0)
-    y, log_slope = iaf.spline(x, numbers)
-    assert (jnp.diff(y) > -1e-6).all() and jnp.isfinite(log_slope).all()       # flat ones: to float32's precision
+    x, numbers = jnp.linspace(-8, 8, 321), numbers_like(1, seed, scale).repeat(321, axis=0)
+    y, log_slope = spline(x, numbers)
+    assert (jnp.diff(y) > -1e-6).all() and jnp.isfinite(log_slope).all()       # 1e-6: float32, where flat
     np.testing.assert_array_equal(y[jnp.abs(x) >= 6], x[jnp.abs(x) >= 6])
-    np.testing.assert_allclose(iaf.spline(iaf.inverse_spline(y, numbers), numbers)[0], y, atol=3e-4)
+    np.testing.assert_allclose(spline(inverse_spline(y, numbers), numbers)[0], y, atol=3e-4)
 
 
 def test_spline_of_zeros_is_the_identity():
-    x = jnp.linspace(-7, 7, 50)
-    y, log_slope = iaf.spline(x, jnp.zeros((50, iaf.NUMBERS)))
+    x = np.linspace(-7, 7, 200, dtype=np.float32)
+    y, log_slope = spline(x, np.zeros((200, iaf.NUMBERS), np.float32))
     np.testing.assert_allclose(y, x, atol=1e-5)
     np.testing.assert_allclose(log_slope, 0, atol=1e-5)
 
 
 def test_gradients_of_the_spline_stay_finite():
     x = jnp.array([-1e4, -6.0, -5.999, 0.0, 5.999, 6.0, 1e4])
+    gradient = jax.jit(jax.grad(lambda x, n: sum(part.sum() for part in iaf.spline(x, n)), (0, 1)))
     for scale in (0, 1, 30):
-        numbers = jnp.asarray(numbers_like(7, scale=scale))
-        gradients = jax.grad(lambda x, n: sum(part.sum() for part in iaf.spline(x, n)), (0, 1))(x, numbers)
-        assert all(jnp.isfinite(g).all() for g in gradients)
+        assert all(jnp.isfinite(g).all() for g in gradient(x, numbers_like(7, scale=scale)))
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -463,8 +464,9 @@ def test_a_run(trained, capsys):
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["removal"] in iaf.REMOVALS
     assert all(set(result["removals"][kind]) == set(iaf.REMOVALS) for kind in ("teacher", "student"))
     assert np.isfinite(result["seen"]["W"]) and result["parameters"] > 1000
-    bits = [record["bits per fibre"] for record in common.read_log(folder / "teacher")]
-    assert np.isfinite(bits).all() and (folder / "teacher" / "training.png").exists()
+    for stage, part in ("sum", "nats"), ("teacher", "bits per fibre"), ("student", "latent loop"):
+        assert all(np.isfinite(record[part]) for record in common.read_log(folder / stage))
+        assert (folder / stage / "training.png").exists()
 
 
 def test_checkpoints_hold_their_logit_and_removal(trained):
@@ -474,7 +476,8 @@ def test_checkpoints_hold_their_logit_and_removal(trained):
         header, scores = common.read_header(path), result["removals"][kind]
         assert header["logit"] == common.plain(logit._asdict()) and header["flags"]["sampler"] == kind
         assert header["removal"] == min(scores, key=scores.get)
-    assert all(common.read_header(folder / stage / "state.eqx")["logit"] == header["logit"] for stage in iaf.STAGES)
+    for stage in iaf.STAGES:
+        assert common.read_header(folder / stage / "state.eqx")["logit"] == header["logit"]
 
 
 def test_masked_weights_stay_zero(trained):
@@ -488,23 +491,28 @@ def test_masked_weights_stay_zero(trained):
 
 def test_saved_and_loaded(trained, tmp_path):
     folder, result = trained
-    again = iaf.main(["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path)])
+    flags = ["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path)]
+    again = iaf.main(flags)
     names = "flags", "removal", "removals", "seen", "unseen", "parameters", "train_seconds"
     assert [again[name] for name in names] == [result[name] for name in names]
 
 
-def test_the_teacher_generates(trained, tmp_path):
-    """From its own file, and with another way to remove the noise."""
-    dataset = data.open_data("zn", 700, quiet=True)
-    with h5py.File(tmp_path / "list.h5", "w") as file:
-        file["particles"], file["pdg"] = dataset.particles[:20], dataset.pdg[:20]
+def test_another_removal(trained, monkeypatch):
+    """--removal of the command goes before that of the checkpoint."""
+    monkeypatch.setattr(metrics, "report", lambda args, draw, *rest, **result: (draw.keywords, result))
+    monkeypatch.setattr(eqx, "filter_jit", lambda function: function)
+    keywords, result = iaf.main(["--load", str(trained[0] / "model.eqx"), "--removal", "floor", "--quiet"])
+    assert keywords["removal"] == result["removal"] == "floor" != trained[1]["removal"]
 
-    def generate(*flags):
-        iaf.main(["--load", str(trained[0] / "teacher" / "model.eqx"), "--generate", str(tmp_path / "list.h5"),
-                  "--out", str(tmp_path / "out.h5"), "--quiet", *flags])
-        return data.load(tmp_path / "out.h5", "zn").responses
-    floor, rounded = generate("--removal", "floor"), generate("--removal", "round")
-    assert floor.shape == (20, 12, 12) and floor.any() and (rounded >= floor).all() and (rounded > floor).any()
+
+def test_the_teacher_generates(trained, tmp_path):
+    """From its own file."""
+    dataset, out = data.open_data("zn", 700, quiet=True), tmp_path / "out.h5"
+    tiny.save(tmp_path / "list.h5", dataset)
+    iaf.main(["--load", str(trained[0] / "teacher" / "model.eqx"), "--generate", str(tmp_path / "list.h5"),
+              "--out", str(out), "--quiet"])
+    made = data.load(out, "zn")
+    assert made.responses.any() and np.array_equal(made.particles, dataset.particles)
 
 
 def test_one_stage_after_the_other_each_cut_off(trained, tmp_path, monkeypatch):
@@ -517,7 +525,7 @@ def test_one_stage_after_the_other_each_cut_off(trained, tmp_path, monkeypatch):
 
     def cut(path, record):
         log(path, record)
-        if record["step"] == 12:                                               # saved last: the state of step 8
+        if record["step"] == 12:                                               # the state of step 8 is saved
             raise KeyboardInterrupt
 
     later = {"sum": ["--net", "paper", "--noise", "1", "--epochs", "7"], "teacher": ["--channel-loss", "3"],
@@ -533,8 +541,6 @@ def test_one_stage_after_the_other_each_cut_off(trained, tmp_path, monkeypatch):
 
 
 def test_stages_need_those_before(trained, tmp_path):
-    with pytest.raises(UserError, match="sum: train that stage first"):
-        iaf.main([*FLAGS, "--stage", "student", "--run", str(tmp_path)])
     shutil.copytree(trained[0] / "sum", tmp_path / "sum")
     with pytest.raises(UserError, match="teacher: train that stage first"):
         iaf.main([*FLAGS, "--stage", "student", "--run", str(tmp_path)])
@@ -542,13 +548,15 @@ def test_stages_need_those_before(trained, tmp_path):
         iaf.main([*FLAGS, "--noise", "1", "--stage", "student", "--run", str(trained[0])])
 
 
-def test_the_papers_flows(tmp_path, monkeypatch):
+def test_the_papers_flow(tmp_path, monkeypatch):
     """What the run above leaves out, on two devices."""
     monkeypatch.setattr(iaf, "finish", lambda args, scaler, part, found, run, net: (net, args.removal))
-    monkeypatch.setattr(metrics, "report", lambda args, draw, scaler, dataset, split, **result: result | {
-        "drawn": draw(data.conditions(dataset.particles[:64], scaler), KEY)})
+    monkeypatch.setattr(metrics, "report", lambda *args, **result: result)
     flags = ["--net", "paper", "--precision", "bf16", "--detector", "zp", "--cond", "raw", "--noise", "1",
-             "--removal", "floor", "--no-diversity", "--devices", "2", "--run", str(tmp_path)]
-    result = iaf.main([*FLAGS, "--epochs", "1", "--student-epochs", "1", *flags])
-    assert result["removal"] == "floor" and result["drawn"].shape == (64, 14, 10) and result["drawn"].any()
-    assert common.read_log(tmp_path / "student")[-1].keys() > {"data loop", "latent loop", "blocks", "channels", "light"}
+             "--removal", "floor", "--stage", "teacher", "--devices", "2", "--run", str(tmp_path)]
+    with pytest.raises(UserError, match="sum: train that stage first"):
+        iaf.main([*FLAGS, *flags])
+    iaf.main([*FLAGS, *flags, "--stage", "sum"])
+    result = iaf.main([*FLAGS, *flags])
+    assert result["removal"] == "floor" and result["mflop"] > 0
+    assert all(np.isfinite(record["bits per fibre"]) for record in common.read_log(tmp_path / "teacher"))
