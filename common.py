@@ -355,9 +355,9 @@ def save_model(run, header, scaler, scores, net):
     """Write model.eqx into the folder `run`, in float16; returns the network as it is kept there, in float32.
     Its header is `header` (script, detector, flags), the `scaler` of the conditions, and the `scores`."""
     header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores}
-    half = cast(net, jnp.float16)
+    half = cast(jax.device_get(net), np.float16)
     save_checkpoint(run / "model.eqx", header, half)
-    return cast(half, jnp.float32)
+    return jax.tree.map(jnp.asarray, cast(half, np.float32))
 
 
 def load_model(path, make):
@@ -427,8 +427,7 @@ class Logbook(AbstractContextManager):
         return state
 
     def record(self, state, losses):
-        """Count a step with its state and its losses, a dict of scalars. UserError if one is not finite.
-        They are read every LOGGED steps only, because the device has to wait for that."""
+        """Count a step; every LOGGED steps read its losses, a dict of scalars: UserError if one is not finite."""
         self.step += 1
         self.bar.update()
         if self.step % LOGGED and self.step < self.steps:
@@ -502,9 +501,10 @@ class State(eqx.Module):
 
 
 def first_state(net, optimiser):
-    """The State before the first step."""
-    ema = jax.tree.map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, net)  # a step gives its buffers away
-    return State(net, ema, optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+    """The State before the first step, compiled as one; a step gives its buffers away, so ema is a copy."""
+    copy = lambda a: jnp.copy(a) if eqx.is_array(a) else a
+    begin = lambda net: (jax.tree.map(copy, net), optimiser.init(eqx.filter(net, eqx.is_inexact_array)))
+    return State(net, *eqx.filter_jit(begin)(net))
 
 
 def moving_average(ema, net, decay, step):

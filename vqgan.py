@@ -430,10 +430,10 @@ class DenseBlock(eqx.Module):
         return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
 
 
-class Dense(eqx.Module):
-    """Ours, made for CPUs like Dense in fm.py: all codes or tokens as one wide vector pass residual blocks,
-    which return a few numbers to each patch. A small network that every patch shares joins these with the
-    patch's own input; the wide vector scales and shifts it."""
+class PatchNetwork(eqx.Module):
+    """Ours, made for CPUs like Dense in fm.py: what all patches hold passes residual blocks as one vector,
+    which returns a few numbers to each patch. A small network that every patch shares joins these with the
+    patch's own input; the vector scales and shifts it."""
     enter: Linear
     blocks: list
     leave: Linear
@@ -466,15 +466,15 @@ class Dense(eqx.Module):
 class Decoder(eqx.Module):
     """Code vectors (P, D) -> maps (M, H, W), those of data.decoded_counts or the log response."""
     embedding: Embedding
-    dense: Dense
+    dense: PatchNetwork
     grid: Grid = eqx.field(static=True)
 
     def __init__(self, grid, how, key, width=192, depth=2, hidden=96, embedding=128):
         keys, (patches, near) = iter(jax.random.split(key, 6 + depth)), grid.sizes
         self.grid, self.embedding = grid, Embedding(grid.conditions, embedding, next(keys))
         outputs = (1 if how == "round" else 3) * grid.size**2
-        self.dense = Dense(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden, 64,
-                           embedding)
+        self.dense = PatchNetwork(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden,
+                                  64, embedding)
 
     def __call__(self, codes, c):
         own = jnp.concatenate([codes, self.grid.near(c)], axis=1)
@@ -555,15 +555,15 @@ class Masked(eqx.Module):
     tokens around it."""
     particle: Particle
     table: jax.Array
-    dense: Dense
+    dense: PatchNetwork
     grid: Grid = eqx.field(static=True)
 
     def __init__(self, grid, key, width=192, depth=2, hidden=128, embedding=128, own=8):
         keys, (patches, near) = iter(jax.random.split(key, 8 + depth)), grid.sizes
         self.grid, self.particle = grid, Particle(grid.conditions, embedding, next(keys))
         self.table = jax.random.normal(next(keys), (grid.codes + 1, own))      # the last vector: unknown
-        self.dense = Dense(own, near + 9 * own, grid.codes, patches, keys, width, depth, hidden, 128,
-                           embedding)
+        self.dense = PatchNetwork(own, near + 9 * own, grid.codes, patches, keys, width, depth, hidden, 128,
+                                  embedding)
 
     def __call__(self, tokens, known, places, c):
         """Logits (M, K) at `places` (M,), with the first `known` () of tokens (P,) in spread_order known."""
@@ -610,7 +610,7 @@ def train_stages(args, grid, dataset, split, scaler):
     tokens, given = common.in_blocks(encode, jax.random.key(0), dataset.responses, c), c
     found = {"stage1": times, "codebook": print_usage("patches", tokens[rows], grid.codes)}
     if net.particle is not None:
-        given = np.asarray(eqx.filter_jit(jax.vmap(net.particle.tokens))(c))
+        given = np.asarray(eqx.filter_jit(lambda net, c: jax.vmap(net.tokens)(c))(net.particle, c))
         found["particle codebook"] = print_usage("particles", given[rows], papers.PARTICLE_CODES)
     redraw = eqx.filter_jit(eqx.Partial(reconstruct, net, how=args.counts))
     found["reconstruction"] = metrics.score_reconstruction(args, redraw, scaler, dataset, split)

@@ -376,16 +376,3 @@ def test_every_other_flag(tmp_path):
              "--solver dpm --validate")
     result = diffusion.main([*FLAGS, *flags.split(), "--run", str(tmp_path)])
     assert np.isfinite(result["validation"]["W"]["value"]) and result["evaluations"] == 3
-
-
-def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "time", tiny.clock())
-    particles = np.random.default_rng(0).normal(size=(200, 14)).astype(np.float32)
-    arrays = np.random.default_rng(1).poisson(1.0, (200, 12, 12)).astype(np.uint16), particles
-    loss = partial(diffusion.batch_loss, how="sample", variance="linear", predict="velocity")
-
-    def run(*flags):
-        plan = common.plan(diffusion.parse([*FLAGS, "--epochs", "5", *map(str, flags)]))
-        net = diffusion.make_network("tiny", "sample", DETECTORS["zn"], 14, plan.keys[0])
-        return diffusion.train(net, loss, arrays, np.arange(200), plan)[0]
-    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch)

@@ -364,10 +364,10 @@ def test_a_prior_learns_known_frequencies(name):
     c = rng.choice([-1.0, 1.0], 4096).astype(np.float32)[:, None] * np.ones(14, np.float32)
     tokens[:, 2], tokens[:, 3] = tokens[:, 0], np.where(c[:, 0] > 0, 7, 9)
     plan = common.plan(vqgan.parse(["--lr", "0.01"]))
-    optimiser = vqgan.make_optimiser(plan, 400)
+    optimiser = vqgan.make_optimiser(plan, 300)
     state = common.first_state(jax.jit(partial(SMALL[name], grid((8, 8), codes=12)))(KEY), optimiser)
     step = vqgan.make_step(vqgan.prior_loss, optimiser, plan)
-    for number in range(400):
+    for number in range(300):
         rows = rng.integers(0, 4096, 256)
         state, losses = step((tokens[rows], c[rows], KEY, np.int32(number)), state)
     generate = {"gpt": vqgan.generate_gpt, "masked": partial(vqgan.generate_masked, steps=4)}[name]
@@ -522,7 +522,7 @@ def unscored(monkeypatch):
 def test_a_run(trained):
     folder, result, _ = trained
     assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
-    assert result["rows"] == {"train": 489, "validation": 70} and result["evaluations"] == 3
+    assert result["rows"] == {"train": 489, "validation": 71} and result["evaluations"] == 3
     assert {path.name for path in folder.iterdir()} == {"model.eqx", "metrics.json", "stage1", "stage2"}
     assert result["validation"]["W"]["value"] > 0
     records = common.read_log(folder / "stage1")
@@ -551,7 +551,7 @@ def test_another_prior_on_the_same_autoencoder(trained, tmp_path, unscored):
     """--stage 2 leaves stage 1 as it is; it needs one, with the same flags."""
     folder, result, _ = trained
     first = (folder / "stage1" / "state.eqx").read_bytes()
-    flags = [*FLAGS, "--stage", "2", "--prior", "gpt", "--prior-epochs", "1"]
+    flags = [*FLAGS, "--validate", "--stage", "2", "--prior", "gpt", "--prior-epochs", "1"]
     found = vqgan.main([*flags, "--run", str(folder)])
     assert found["evaluations"] == 9 and found["reconstruction"] == result["reconstruction"]
     assert found["made"].shape == (64, 12, 12) and found["header"]["flags"]["prior"] == "gpt"
