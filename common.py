@@ -427,7 +427,7 @@ class Logbook(AbstractContextManager):
         return state
 
     def record(self, state, losses):
-        """Count a step; each LOGGED steps read its losses, a dict of scalars: UserError if one is not finite."""
+        """Count a step; each LOGGED steps read losses, a dict of scalars: UserError if one is not finite."""
         self.step += 1
         self.bar.update()
         if self.step % LOGGED and self.step < self.steps:
