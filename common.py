@@ -357,7 +357,7 @@ def save_model(run, header, scaler, scores, net):
     header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores}
     half = cast(jax.device_get(net), np.float16)
     save_checkpoint(run / "model.eqx", header, half)
-    return jax.tree.map(jnp.asarray, cast(half, np.float32))
+    return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, cast(half, np.float32))
 
 
 def load_model(path, make):
