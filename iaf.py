@@ -258,18 +258,18 @@ def sample(net, c, key, removal):
 
 # --------------------------------------------------------------------------------------------------- training
 
+# same as fm.py: make_step
 def make_step(loss, optimiser, plan):
-    """step((*rest, key, number), state) -> (state, losses): gradient of loss(net, *rest, key), update and
-    moving average, compiled once."""
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, state):
-        *rest, key, number = batch
+        *arrays, key, number = batch
         key = jax.random.fold_in(key, number)
-        objective = lambda net: loss(common.lower(net, plan.precision), *rest, key)
+        objective = lambda net: loss(common.lower(net, plan.precision), *arrays, key)
         gradient, losses = eqx.filter_grad(objective, has_aux=True)(state.net)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser,
-                                                    eqx.filter(state.net, eqx.is_inexact_array))
+        weights = eqx.filter(state.net, eqx.is_inexact_array)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, weights)
         net = eqx.apply_updates(state.net, updates)
         ema = common.moving_average(state.ema, net, plan.ema, number)
         return common.State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
