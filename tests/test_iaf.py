@@ -354,7 +354,7 @@ def test_blocks_are_autoregressive(name, conditions):
     for order, block in zip(flow.orders, flow.blocks):
         numbers = lambda x, e: block.numbers(x, iaf.arrange(near, order), e, total[1])
         to_x, to_e = (np.abs(part).max(1) for part in jax.jit(jax.jacfwd(numbers, (0, 1)))(x[0], e))
-        assert (np.triu(to_x) == 0).all() and (to_x[np.tril_indices(24, -1)] > 0).mean() > 0.7
+        assert np.triu(to_x).max() < 1e-9 and (to_x[np.tril_indices(24, -1)] > 0).mean() > 0.7
         assert (to_e.max(1) > 0).all()
 
 
