@@ -112,7 +112,7 @@ FLAGS = {
                       help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
     "quiet": dict(action="store_true", help="show no progress bars"),
-    "run": dict(type=Path, metavar="DIR", help="folder of the run"),
+    "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)"),
 }
 TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision"
 
@@ -133,7 +133,7 @@ class Parser(argparse.ArgumentParser):
         if "load" in args:
             self._check(args)
             if args.load:
-                kept = *self.own, "cond", "n", "split"
+                kept = [name for name in (*self.own, "cond", "n", "split") if name in args]
                 header = read_model_header(args.load, args.script, args.detector, kept)
                 vars(args).update({name: header["flags"][name] for name in kept})
         for name, value in sorted(vars(args).items(), key=lambda item: callable(item[1])):  # functions last
@@ -162,8 +162,7 @@ def parser(doc, script, flags=tuple(FLAGS), own=(), **defaults):
     --load brings them back."""
     if unknown := defaults.keys() - set(flags):
         raise TypeError(f"defaults for flags that the script does not have: {unknown}")
-    folders = {detector: Path("runs", f"{script}-{detector}") for detector in FLAGS["detector"]["choices"]}
-    defaults = {"run": folders} | defaults
+    defaults = {"run": lambda args: Path("runs", f"{script}-{args.detector}")} | defaults
     result = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     result.set_defaults(script=script)
     result.own = own

@@ -7,11 +7,13 @@ responses, w^ (N, 5) those of the generated ones, n_k the number of rows of the 
 generations are scored one by one: a value is the mean of their scores, a spread their standard deviation (the
 "average of five runs" of [FM], not its code's one histogram of five pooled runs). Every score stands beside
 its oracle, the same score of the simulator run again, and R = value / oracle; without an oracle beside its
-floor, the score of one half of the real responses against the other, paired by particle.
+floor, the score of one half of the real responses against the other, paired by particle. The section on
+calorimeter showers scores the Showers of calorimeter.py.
 """
 import itertools
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ import common
 import data
 import plots
 import simulator
+from calorimeter import Showers, energy_ratios, features as shower_features, ring_depths
 
 CHUNK = 2048  # rows converted to float32 at a time: 16 MB
 SHAPES = ("x", "y", "radius", "lit", "peak", "sum")
@@ -32,13 +35,19 @@ AUCS = ("AUC_low", "AUC_high")
 SCORES = ("W", "MAE", "RMSE", *CONDITIONAL, *map("shape_{}".format, SHAPES), "spectrum", *AUCS, "FPD", "KPD")
 NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; the common channel spans all
 TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
+WIDE = 64  # features; of more, FPD and KPD form no products of two
 LARGEST = 65535  # pixel values above are counted as this one (what a file can hold)
 BOOTSTRAPS = 1000
 GENERATIONS = 5  # of the test set, as in the papers
 FLOORS = 2  # random pairings that the floor averages
 # The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611); rows of one class.
 CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
-ADAM = optax.adam(CLASSIFIER["learning_rate"])
+# Showers have hundreds of features and thousands of voxels: a wider network, which overfits sooner.
+SHOWER_CLASSIFIER = CLASSIFIER | dict(width=256, epochs=8, batch=250, learning_rate=3e-4, trainings=3)
+# CaloChallenge's own takes its inputs as they are and chooses the epoch by accuracy; for a GPU.
+CHALLENGE = dict(rows=100_000, width=2048, depth=3, epochs=50, batch=1000, learning_rate=2e-4, trainings=10,
+                 challenge=True)
+ADAM = optax.scale_by_adam()
 
 
 # ------------------------------------------------------------------- what is measured on one set of responses
@@ -260,12 +269,19 @@ def scale_features(real, generated):
     return real / largest, generated / largest
 
 
+def square_root(covariance):
+    """A matrix R with R R^T = covariance, by Cholesky's decomposition (much faster) of wide features."""
+    if len(covariance) > WIDE:
+        with suppress(np.linalg.LinAlgError):  # no full rank
+            return np.linalg.cholesky(covariance)
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
 def frechet(mean_a, covariance_a, mean_b, covariance_b):
     """Squared Frechet distance of two Gaussians, |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)."""
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    # A B and the symmetric A^1/2 B A^1/2 have the same eigenvalues
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance_b @ root), 0)).sum()
+    root = square_root(covariance_a)  # A B and the symmetric R^T B R have the same eigenvalues
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root.T @ covariance_b @ root), 0)).sum()
     return float(((mean_a - mean_b)**2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
 
 
@@ -275,13 +291,25 @@ def fpd_sizes(rows):
     return max(2, largest * 2 // 5), largest
 
 
+def weighted_covariance(features, drawn, mean, size):
+    """Covariance (F, F) of a sample of features (N, F): drawn (N,) is how often it holds each row, mean (F,)
+    and size are its own."""
+    rows = np.flatnonzero(drawn)
+    centred = (features[rows] - mean) * np.sqrt(drawn[rows, None])
+    return centred.T @ centred / (size - 1)  # of one array with itself: half the work
+
+
 def sampled_moments(features, sizes, seed):
     """Means (S, F) and covariances (S, F, F) of S samples of sizes (S,) drawn with replacement from features
-    (N, F): one product of the numbers of draws of each row, (S, N), with the features and their products."""
+    (N, F): one product of the numbers of draws of each row, (S, N), with the features and their products, or
+    sample by sample where the products would be too many."""
     rng = np.random.default_rng(seed)
     drawn = np.empty((len(sizes), len(features)))
     for row, size in zip(drawn, sizes):
         row[:] = np.bincount(rng.integers(len(features), size=size), minlength=len(features))
+    if features.shape[1] > WIDE:
+        means = drawn @ features / sizes[:, None]
+        return means, np.array([weighted_covariance(features, *part) for part in zip(drawn, means, sizes)])
     i, j = np.triu_indices(features.shape[1])
     sums = drawn @ np.concatenate([features, features[:, i] * features[:, j]], axis=1)
     means, products = np.split(sums / sizes[:, None], [features.shape[1]], axis=1)
@@ -313,9 +341,14 @@ def fpd(real, generated, batches=20, points=10, seed=42):
 
 
 def mmd(real, generated):
-    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. No pair of rows is
-    formed: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, where a and b are the products of
-    two elements of z and of z', and its sum over all pairs is the product A^T A : B^T B of small matrices."""
+    """Unbiased squared MMD of features (N, F), (M, F) with the kernel (x . y / F + 1)^4. Of few features no
+    pair of rows is formed: with z = (1, x / sqrt F) the kernel is (z . z')^4 = (a . b)^2, where a and b are
+    products of two elements of z and of z', and its sum over all pairs is the product A^T A : B^T B of small
+    matrices. Of wide features all pairs are."""
+    if real.shape[1] > WIDE:
+        own = [(kernel_sum(x, x) - (((x**2).mean(axis=1) + 1)**4).sum()) / (len(x) * (len(x) - 1))
+               for x in (real, generated)]
+        return float(sum(own) - 2 * kernel_sum(real, generated) / (len(real) * len(generated)))
     rows, columns = np.triu_indices(real.shape[1] + 1)
     double = np.where(rows == columns, 1, np.sqrt(2))
     products = []
@@ -326,6 +359,13 @@ def mmd(real, generated):
     own = [((gram**2).sum() - ((p**2).sum(axis=1)**2).sum()) / (len(p) * (len(p) - 1))
            for gram, p in zip((a, b), products)]
     return float(sum(own) - 2 * (a * b).sum() / (len(real) * len(generated)))
+
+
+def kernel_sum(x, y):
+    """Sum of (x . y / F + 1)^4 over all pairs of rows of x (N, F) and y (M, F), 512 rows of x at a time."""
+    x, y = x.astype(np.float32), y.astype(np.float32) / x.shape[1]
+    blocks = (x[k:k + 512] @ y.T + 1 for k in range(0, len(x), 512))
+    return sum(np.square(np.square(block)).sum(dtype=np.float64) for block in blocks)
 
 
 def kpd(real, generated, batches=10, size=5000, seed=42):
@@ -353,39 +393,49 @@ def rank_auc(positive, negative):
 
 
 @eqx.filter_jit
-def _train_step(model, state, x, y):
+def _train_step(model, state, x, y, rate):
     """One Adam step on the cross entropy of a batch x (B, F), y (B,)."""
     gradient = eqx.filter_grad(lambda m: optax.sigmoid_binary_cross_entropy(jax.vmap(m)(x), y).mean())(model)
     updates, state = ADAM.update(gradient, state)
-    return eqx.apply_updates(model, updates), state
+    return eqx.apply_updates(model, jax.tree.map(lambda u: -rate * u, updates)), state
 
 
-def classifier_auc(real, generated, seed=0):
-    """AUC of a dense network (CLASSIFIER) that separates generated from real features (N, F), rows matching:
-    60 / 20 / 20 % of the row numbers train, choose the epoch and give the AUC, so that no pair stands on two
-    sides. 0.5 where they cannot be separated; nan below 10 rows."""
-    if len(real) < 10:
-        return np.nan
+def classifier_logits(real, generated, seed=0, settings=CLASSIFIER):
+    """Logits (T,) of real and (T,) of generated test rows, by a dense network that separates generated from
+    real features (N, F), rows matching: 60 / 20 / 20 % of the row numbers train, choose the epoch and test,
+    so that no pair stands on two sides."""
     rng = np.random.default_rng(seed)
     parts = np.split(rng.permutation(len(real)), [len(real) * 6 // 10, len(real) * 8 // 10])
     train, validation, test = (np.concatenate([part, part + len(real)]) for part in parts)
     x, y = np.concatenate([real, generated], dtype=np.float32), np.repeat(np.float32([0, 1]), len(real))
-    model = eqx.nn.MLP(x.shape[1], "scalar", CLASSIFIER["width"], CLASSIFIER["depth"], jax.nn.leaky_relu,
+    model = eqx.nn.MLP(x.shape[1], "scalar", settings["width"], settings["depth"], jax.nn.leaky_relu,
                        key=jax.random.key(seed))
     state = ADAM.init(eqx.filter(model, eqx.is_array))
-    size, best = min(CLASSIFIER["batch"], len(train)), np.inf
-    for _ in range(CLASSIFIER["epochs"]):
+    size, best = min(settings["batch"], len(train)), np.inf
+    for _ in range(settings["epochs"]):
         for rows in rng.permutation(train)[:len(train) // size * size].reshape(-1, size):
-            model, state = _train_step(model, state, x[rows], y[rows])
-        loss = optax.sigmoid_binary_cross_entropy(jax.vmap(model)(x[validation]), y[validation]).mean()
+            model, state = _train_step(model, state, x[rows], y[rows], settings["learning_rate"])
+        found = np.asarray(jax.vmap(model)(x[validation]))
+        loss = optax.sigmoid_binary_cross_entropy(found, y[validation]).mean()
+        if settings.get("challenge"):
+            loss = np.mean((found > 0) != y[validation])
         if loss < best:
             best, logits = loss, np.asarray(jax.vmap(model)(x[test]))
-    return rank_auc(logits[len(logits) // 2:], logits[:len(logits) // 2])
+    return np.split(logits, 2)
 
 
-def standardise(features, reference):
-    """Features (N, F) by mean and standard deviation (1 where it is 0) of `reference`, float32."""
-    scale = reference.std(axis=0)
+def classifier_auc(real, generated, seed=0, settings=CLASSIFIER):
+    """AUC of classifier_logits: 0.5 where real and generated cannot be separated; nan below 10 rows."""
+    if len(real) < 10:
+        return np.nan
+    logits, generated_logits = classifier_logits(real, generated, seed, settings)
+    return rank_auc(generated_logits, logits)
+
+
+def standardise(features, reference, floor=0.0):
+    """Features (N, F) by mean and standard deviation (at least `floor`; 1 where it is 0) of `reference`,
+    float32."""
+    scale = np.maximum(reference.std(axis=0), floor)
     return ((features - reference.mean(axis=0)) / np.where(scale > 0, scale, 1)).astype(np.float32)
 
 
@@ -559,15 +609,30 @@ def score_line(name, cell, note=""):
     return f"{name:<16}{value:>11} {spread:<12}{reference:>11}{ratio:>9}  {note}".rstrip()
 
 
+def print_header(cell, note=""):
+    """Print the names of what score_line prints of a cell."""
+    label = "oracle" if "oracle" in cell else "floor"
+    print(f"{'score':<16}{'value':>11} {'spread':<12}{label:>11}{'R':>9}  {note}".rstrip())
+
+
+def sample_notes(scores):
+    """The sizes of the samples of FPD and KPD in words."""
+    (low, high), size = scores["fpd_samples"], scores["kpd_samples"]
+    return {"FPD": f"samples of {low} to {high} rows" + " (jetnet: 20000 to 50000)" * (high != 50_000),
+            "KPD": f"samples of {size} rows" + " (jetnet: 5000)" * (size != 5000)}
+
+
+def print_classifier(scores):
+    """Print the settings of the classifier, if there was one."""
+    if scores["classifier"]:
+        print("classifier:", ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
+
+
 def print_table(scores, title):
     """Print the result of evaluate, with the interval or the size of the samples beside a score."""
-    line = lambda *words: print(score_line(*words))
-    (low, high), size = scores["fpd_samples"], scores["kpd_samples"]
-    notes = {"FPD": f"samples of {low} to {high} rows" + " (jetnet: 20000 to 50000)" * (high != 50_000),
-             "KPD": f"samples of {size} rows" + " (jetnet: 5000)" * (size != 5000)}
+    line, notes = lambda *words: print(score_line(*words)), sample_notes(scores)
     print(title + ": {rows} rows, {particles} particles, generations: {generations}".format(**scores))
-    label = "oracle" if "oracle" in scores["W"] else "floor"
-    print(f"{'score':<16}{'value':>11} {'spread':<12}{label:>11}{'R':>9}  [68 % over particles]")
+    print_header(scores["W"], "[68 % over particles]")
     for name in filter(scores.get, SCORES):
         interval = scores[name].get("interval")
         line(name, scores[name], "[{:.4g}, {:.4g}]".format(*interval) if interval else notes.get(name, ""))
@@ -576,8 +641,7 @@ def print_table(scores, title):
     for name, cells in scores["types"].items():
         line(f"W {name}", cells["W"], f"{cells['rows']} rows, {cells['particles']} particles")
         line(f"MAE {name}", cells["MAE"])
-    if scores["classifier"]:
-        print("classifier:", ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
+    print_classifier(scores)
 
 
 def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
@@ -598,6 +662,160 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
     start = np.cumsum(counts) - counts
     draws = np.random.default_rng(seed).random(len(test))
     return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
+
+
+# ---------------------------------------------------------------------------------------- calorimeter showers
+# Showers whose incident energies match row by row, scored as in the CaloChallenge (arXiv 2410.21611).
+
+SHOWER_AUCS = ("AUC_low", "AUC_high", "AUC_u")
+
+
+def shower_columns(showers, features):
+    """What histograms compare, {family: columns (N, K)}, from Showers and their features. Energies are log10
+    of MeV; the voxels are the lit ones (L, 1) of all showers, the empty ones are in the sparsity."""
+    layers = showers.voxels.shape[1]
+    parts = np.split(features, np.cumsum([1, *[layers] * 5, 1, layers, layers]), axis=1)
+    incident, energy, eta, phi, width_eta, width_phi, total, empty, radius, width = parts
+    return {"layer energies": energy, "E_tot": 10**(total - incident), "centres": np.hstack([eta, phi]),
+            "widths": np.hstack([width_eta, width_phi]), "sparsity": empty, "radial centres": radius,
+            "radial widths": width, "voxels": np.log10(showers.voxels[showers.voxels > 0])[:, None],
+            "ring depths": ring_depths(showers.voxels)}
+
+
+def shower_bins(family, column):
+    """Edges of the histogram of a real column (N,); those of E_tot and the sparsity are the challenge's."""
+    if family in ("layer energies", "voxels"):
+        return np.linspace(-2, np.max(column, initial=-1), 101)
+    margin = 0.05 * np.ptp(column) + 1e-6
+    edges = {"E_tot": (0.5, 1.5, 101), "sparsity": (0, 1, 21)}
+    return np.linspace(*edges.get(family, (column.min() - margin, column.max() + margin, 101)))
+
+
+def separation(real, made):
+    """{family: separation power} of two shower_columns, mean over the columns of a family; what lies beyond
+    the bins counts into the outer ones."""
+    def power(family, *pair):
+        bins = shower_bins(family, pair[0])
+        return spectrum(*(np.histogram(np.clip(column, bins[0], bins[-1]), bins)[0] for column in pair))
+
+    return {family: np.mean([power(family, *pair) for pair in zip(real[family].T, made[family].T)])
+            for family in real}
+
+
+def shower_logits(real, made, features, seed, settings):
+    """{score: logits of the real and of the generated test rows} of one training for each of SHOWER_AUCS, on
+    at most settings["rows"] random rows of two Showers and their features."""
+    rows = np.random.default_rng(seed).permutation(len(real.energies))[:settings["rows"]]
+
+    def low_level(showers):
+        """log10 E_inc and the voxels in % of E_inc."""
+        energies = showers.energies[rows, None]
+        return np.hstack([np.log10(energies), showers.voxels[rows].reshape(len(rows), -1) * (100 / energies)])
+
+    def ratios(showers):
+        return np.hstack([np.log10(showers.energies[:, None]), energy_ratios(showers)])[rows]
+
+    def train(inputs, floor=0.0):
+        if not settings.get("challenge"):
+            inputs = [standardise(x, inputs[0], floor) for x in inputs]
+        return classifier_logits(*inputs, seed, settings)
+
+    # Without the floor, 0.3 % of E_inc, voxels that are rarely lit rule the low-level inputs
+    return {"AUC_low": train([low_level(showers) for showers in (real, made)], floor=0.3),
+            "AUC_high": train([values[rows] for values in features]),
+            "AUC_u": train([ratios(showers) for showers in (real, made)])}
+
+
+def shower_scores(real, made, calorimeter, seed, settings):
+    """Scores of two Showers, lists by name: SHOWER_AUCS of every training, FPD, KPD and their errors; dicts
+    of "separation" and "weights": log10 w over the test rows of AUC_low as histograms [CaloDREAM, Eq. 21]."""
+    features = [shower_features(showers, calorimeter) for showers in (real, made)]
+    found = {"separation": separation(*map(shower_columns, (real, made), features))}
+    batches = 20 if settings.get("challenge") else 5  # of FPD: a quarter of jetnet's time
+    for name, distance in (("FPD", partial(fpd, batches=batches)), ("KPD", kpd)):
+        found[name], found[f"{name}_error"] = ([value] for value in distance(*features, seed=seed))
+    seeds = range(seed, seed + settings["trainings"])
+    trainings = [shower_logits(real, made, features, number, settings) for number in seeds]
+    for name in SHOWER_AUCS:
+        found[name] = [rank_auc(generated, logits) for logits, generated in (run[name] for run in trainings)]
+    found["weights"] = {"log10_w": np.linspace(-2, 2, 61)}
+    for name, logits in zip(("real", "generated"), zip(*(run["AUC_low"] for run in trainings))):
+        log_w = np.clip(np.concatenate(logits) / -np.log(10), -2, 2)  # w = p_data / p_model = e^-logit
+        found["weights"][name] = np.histogram(log_w, found["weights"]["log10_w"])[0] / len(log_w)
+    return found
+
+
+def cut_showers(showers, cut):
+    """Showers whose voxels of at most `cut` MeV are empty [CaloDREAM, Eq. 20]."""
+    return showers._replace(voxels=np.where(showers.voxels > cut, showers.voxels, 0)) if cut else showers
+
+
+def evaluate_showers(real, made, calorimeter, oracle=None, cut=0.0, seed=0, challenge=False):
+    """Every score of the generated Showers `made` against `real`; `oracle` is the stand-in run again, without
+    it the "floor" is one half of the real ones against the other. Voxels of at most `cut` MeV count as empty.
+
+    Returns a dict that JSON can hold: {"AUC_low": {"value", "spread", "oracle", "R"}, ...}, the spread over
+    the trainings of the classifier (SHOWER_CLASSIFIER or, with `challenge`, the published one), "FPD" and
+    "KPD" with their "error", "separation" by family, "weights", and what was compared.
+    """
+    rows, settings = len(real.energies), CHALLENGE if challenge else SHOWER_CLASSIFIER
+    for showers in filter(None, (made, oracle)):
+        if not np.array_equal(showers.energies, real.energies) or showers.voxels.shape != real.voxels.shape:
+            raise common.UserError("expected showers of the same incident energies row by row")
+    if rows < 20:
+        raise common.UserError(f"expected at least 20 showers to score, not {rows}")
+    real, made = cut_showers(real, cut), cut_showers(made, cut)
+    label, pair = "oracle", (real, oracle and cut_showers(oracle, cut))
+    if oracle is None:
+        halves = slice(rows // 2), slice(rows // 2, rows // 2 * 2)
+        label, pair = "floor", [Showers(real.energies[half], real.voxels[half]) for half in halves]
+    found = shower_scores(real, made, calorimeter, seed, settings)
+    reference = shower_scores(*pair, calorimeter, seed, settings)
+    result = {name: cell(found[name], reference[name], label, np.inf) for name in SHOWER_AUCS}
+    for name in ("FPD", "KPD"):
+        result[name] = cell(found[name], reference[name], label, reference[f"{name}_error"][0])
+        result[name]["error"] = found[f"{name}_error"][0]
+    result["separation"] = {family: cell([value], [reference["separation"][family]], label)
+                            for family, value in found["separation"].items()}
+    return common.plain(result | {
+        "weights": found["weights"], "rows": rows, "cut": cut, "fpd_samples": fpd_sizes(rows),
+        "kpd_samples": min(5000, rows), "classifier": settings})
+
+
+def print_showers(scores, title):
+    """Print the result of evaluate_showers."""
+    cut = f", voxels above {scores['cut']:g} MeV" if scores["cut"] else ""
+    print(f"{title}: {scores['rows']} showers{cut}")
+    print_header(scores["AUC_low"])
+    notes = sample_notes(scores)
+    for name in (*SHOWER_AUCS, "FPD", "KPD"):
+        print(score_line(name, scores[name], notes.get(name, "")))
+    for family, power in scores["separation"].items():
+        print(score_line(family, power, "separation power"))
+    print_classifier(scores)
+
+
+def plot_showers(folder, real, made, calorimeter, scores):
+    """Draw sheet.png, histograms as in [CaloDREAM, Fig. 5] with the weights of `scores`, and showers.png."""
+    columns = [shower_columns(showers, shower_features(showers, calorimeter)) for showers in (real, made)]
+    layers, _, rings = calorimeter.shape
+    middle = layers // 4
+    shown = [("layer energies", layer, rf"$\log_{{10}} E_{{{layer}}}$ / MeV")
+             for layer in (layers // 9, middle, 3 * layers // 4)]
+    shown += [("E_tot", 0, r"$E_{tot}$ / $E_{inc}$"), ("voxels", 0, r"$\log_{10} E_{voxel}$ / MeV"),
+              ("sparsity", middle, f"sparsity of layer {middle}")]
+    shown += [(family, middle, f"{text} of layer {middle} / 100 mm") for family, text in
+              (("centres", r"mean $\eta$"), ("widths", "width"), ("radial centres", "mean r"))]
+    shown += [("ring depths", ring, f"mean layer of ring {ring}") for ring in (0, 2 * rings // 3)]
+    panels = {}
+    for family, k, label in shown:
+        pair = [part[family][:, k] for part in columns]
+        panels[label] = (*pair, shower_bins(family, pair[0])[::2])
+    plots.plot_sheet(folder / "sheet.png", panels, scores["weights"])
+    rows = np.argsort(real.energies)[[len(real.energies) * k // 20 for k in (2, 8, 14, 19)]]
+    titles = [f"{energy / 1000:.3g} GeV" for energy in real.energies[rows]]
+    examples = {"data": real.voxels[rows], "model": made.voxels[rows]}
+    plots.plot_showers(folder / "showers.png", examples, titles, calorimeter)
 
 
 # ------------------------------------------------------------------------------------- a model and its scores

@@ -14,6 +14,7 @@ import numpy as np
 
 import data
 import metrics
+from calorimeter import from_patches, to_patches
 from common import MLP, Linear, normal, normalise
 
 
@@ -482,3 +483,67 @@ class GPT(eqx.Module):
         particle, added = self.prompt(c)
         h = jnp.concatenate([particle, self.table[tokens[:-1]]]) + added
         return self.extend(h, self.caches(len(h)), 0)[0][len(particle) - 1:]
+
+
+# ------------------------------------------------------------------------- showers of the CaloChallenge
+
+class ShowerBlock(eqx.Module):
+    """3 x 3 x 3 convolution, the condition added, normalised over all channels, SiLU."""
+    convolution: eqx.nn.Conv3d
+    condition: Linear
+    norm: eqx.nn.GroupNorm
+
+    def __init__(self, inputs, outputs, conditions, key):
+        keys = jax.random.split(key)
+        self.convolution = eqx.nn.Conv3d(inputs, outputs, 3, padding=1, key=keys[0])
+        self.condition = Linear(conditions, outputs, keys[1])
+        self.norm = eqx.nn.GroupNorm(1, outputs)
+
+    def __call__(self, h, c):
+        h = self.convolution(h) + self.condition(c)[:, None, None, None]
+        return jax.nn.silu(self.norm(h))
+
+
+class ShowerAutoencoder(eqx.Module):
+    """The published autoencoder [CaloDREAM, A.2]: 3-D convolutions, the last one strided, mirrored in the
+    decoder; two channels of latent. Slow on CPUs."""
+    encoder: list
+    code: eqx.nn.Conv3d
+    decoder: list
+    grow: eqx.nn.ConvTranspose3d
+    out: eqx.nn.Conv3d
+    shape: tuple = eqx.field(static=True)
+    patch: tuple = eqx.field(static=True)
+
+    def __init__(self, shape, patch, conditions, key, width=64):
+        keys, depth = jax.random.split(key, 7), 3 if shape[0] % 3 == 0 else 2
+        strided = dict(kernel_size=(depth, 4, 3), stride=(depth, 2, 1), padding=(0, 2, 1))
+        self.shape, self.patch = shape, (*patch[:2], 2 * patch[2])
+        self.encoder = [ShowerBlock(n, width, conditions, k) for n, k in zip((1, width), keys[:2])]
+        self.code = eqx.nn.Conv3d(width, 4, **strided, key=keys[2])
+        self.grow = eqx.nn.ConvTranspose3d(2, width, **strided, key=keys[3])
+        self.decoder = [ShowerBlock(width, width, conditions, k) for k in keys[4:6]]
+        self.out = eqx.nn.Conv3d(width, 1, 3, padding=1, key=keys[6])
+
+    def encode(self, shares, c):
+        """Means and log standard deviations (T, P) of the latent (z, a, r, 2), cut into patches."""
+        h = shares[None]
+        for block in self.encoder:
+            h = block(h, c)
+        mean, log_std = jnp.split(jnp.moveaxis(self.code(h), 0, -1), 2, axis=-1)                # (z, a, r, 2)
+        tokens = lambda x: to_patches(x.reshape(*x.shape[:2], -1), self.patch)
+        return tokens(mean), jnp.clip(tokens(log_std), -8, 4)
+
+    def decode(self, r, c):
+        """Logits (Z, A, R) of the shares."""
+        shape, patch = self.latent_shape()
+        h = from_patches(r, patch, shape).reshape(*shape[:2], -1, 2)             # (z, a, r, 2)
+        h = self.grow(jnp.moveaxis(h, -1, 0))
+        for block in self.decoder:
+            h = block(h, c)
+        return self.out(h)[0]
+
+    def latent_shape(self):
+        """Shape (z, a, r) of the latent, its channels along the rings, and that of a patch."""
+        depth = self.code.stride[0]
+        return (self.shape[0] // depth, self.shape[1] // 2 + 1, 2 * self.shape[2]), self.patch

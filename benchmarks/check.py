@@ -1,17 +1,21 @@
-"""The simulator beside what is published about the GEANT data.
+"""The simulators beside what is published about the GEANT data.
 
     python -m benchmarks.check zn                  the table of docs/DATA.md; exit code 1 if a row is out
     python -m benchmarks.check zn --sheet FILE     independent runs of the published examples, as a picture
+    python -m benchmarks.check ds2                 the table of the showers of calorimeter.py; half a minute
 
 The whole data set is simulated on first use, and as many runs before the cut as the papers have: about ten
 minutes for a detector. The figures stand in the papers ([FM, appendix A], [Comparison]), arXiv 2608.12795 and
-the public scale files and notebooks of AliceO2's fast simulation; docs/DATA.md says what falls short.
+the public scale files and notebooks of AliceO2's fast simulation; docs/DATA.md says what falls short. Those
+of the CaloChallenge are the scale files of CaloScoreV2, published/calochallenge.json.
 """
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+import calorimeter
 import channels
 import common
 import data
@@ -52,17 +56,21 @@ PUBLISHED = {
 # Runs before the cut, the same for both detectors
 BEFORE = {"E mean": 1067, "E std": 1190, "vz std": 0.0201, "px std": 0.297, "py std": 0.293, "pz std": 1598,
           "mass mean": 293, "mass std": 423.5, "charge mean": 0.111, "charge std": 0.388}
+SHOWERS = {"ds2": 20_000, "ds3": 3_000}
+LIT_VOXELS = {"ds2": 0.236, "ds3": 0.100}          # at least
+SHOWER_FILE = Path(__file__).parent / "published" / "calochallenge.json"
 
 
 # ------------------------------------------------------------------------------------------ rows of the table
 
-def row(label, published, ours, relative=0.0, absolute=0.0):
-    """A row of the table; ours is in if at most relative x published + absolute away from the published."""
+def row(label, published, ours, relative=0.0, absolute=0.0, judged=True):
+    """A row of the table; ours is in if at most relative x published + absolute away from the published, and
+    "in" is None if ours was not run or is not judged."""
     width = relative * abs(published) + absolute
     band = f"{100 * relative:.0f} %" if relative else f"{absolute:g}"
     ours = None if ours is None else float(ours)
-    return {"label": label, "published": float(published), "ours": ours, "band": band,
-            "in": None if ours is None else abs(ours - published) <= width}
+    return {"label": label, "published": float(published), "ours": ours, "band": band if judged else "-",
+            "in": abs(ours - published) <= width if judged and ours is not None else None}
 
 
 def moments(particles, published, where):
@@ -164,8 +172,65 @@ def rows_of_regressions(name, dataset, seed):
         yield row(f"W of {label}", channels.PUBLISHED[label][name == "zp"], found, relative=0.3)
 
 
+# ------------------------------------------------------------------------------- showers of the CaloChallenge
+
+def logit(x):
+    """Of a share x in [0, 1], as the published statistics and [CaloDREAM] take it."""
+    x = 1e-6 + (1 - 2e-6) * x
+    return np.log(x / (1 - x))
+
+
+def voxel_statistics(blocks):
+    """Incident energies (N,), energies of the layers (N, Z), mean and standard deviation (Z, R) of the logit
+    of a voxel's share of its layer, over showers and angles, and the share of lit voxels."""
+    incident, layers, first, second, lit = [], [], 0, 0, 0
+    parts = ((e[k:k + 250], v[k:k + 250]) for e, v in blocks for k in range(0, len(e), 250))
+    for energies, voxels in parts:
+        incident.append(energies.astype(np.float64))
+        layers.append(voxels.sum((2, 3), dtype=np.float64))
+        logits = logit(voxels / (layers[-1][:, :, None, None] + 1e-10))
+        first, second = first + logits.sum(0), second + np.square(logits).sum(0)
+        lit += np.count_nonzero(voxels)
+    incident, layers = np.concatenate(incident), np.concatenate(layers)
+    mean = first / len(incident)
+    variance = second / len(incident) - mean**2                # of each voxel, then averaged over the angle
+    return incident, layers, mean.mean(1), np.sqrt(variance.mean(1)), lit / (len(incident) * mean.size)
+
+
+def energy_logits(incident, layers, low, high):
+    """Logits (N, Z) of u_0 = E_tot / 2 E_inc and u_i = E_(i-1) / (energy from that layer on) [CaloDREAM],
+    which run from `low` to `high` (Z,)."""
+    rest = np.cumsum(layers[:, ::-1], axis=1)[:, ::-1]
+    u = np.column_stack([rest[:, 0] / (2 * incident), layers[:, :-1] / (rest[:, :-1] + 1e-10)])
+    return logit(np.clip((u - low) / (np.array(high) - low), 0, 1))
+
+
+def rows_of_showers(name, blocks):
+    """Energies, voxels and correlations of Showers. A u_i whose published std is above 2 is not judged: it
+    piles up at both ends of the logit."""
+    published = json.loads(SHOWER_FILE.read_text())[name]
+    incident, layers, mean, std, lit = voxel_statistics(blocks)
+    ratio = layers.sum(1) / incident
+    yield row("E_tot / E_inc, mean", 0.785, ratio.mean(), relative=0.02)
+    yield row("E_tot / E_inc, std", 0.111, ratio.std(), relative=0.1)
+    u = energy_logits(incident, layers, published["u_min"], published["u_max"])
+    for i, (u_mean, u_std) in enumerate(zip(published["u_mean"], published["u_std"])):
+        yield row(f"logit u_{i}, mean", u_mean, u[:, i].mean(), absolute=0.3, judged=u_std < 2)
+        yield row(f"logit u_{i}, std", u_std, u[:, i].std(), absolute=0.3, judged=u_std < 2)
+    rms = lambda found, key: np.sqrt(np.mean(np.square(found - np.array(published[key]))))
+    yield row("logits of voxels: rms error of the means", 0, rms(mean, "voxel_mean"), absolute=0.35)
+    yield row("logits of voxels: rms error of the stds", 0, rms(std, "voxel_std"), absolute=0.3)
+    yield row("share of lit voxels, at least", LIT_VOXELS[name], lit, judged=False)
+    error = np.abs(np.corrcoef(layers.T) - published["correlation"])
+    yield row("correlation of neighbouring layers: largest error", 0, np.diag(error, 1).max(), absolute=0.08)
+    yield row("correlation of any two layers: largest error", 0, error.max(), judged=False)
+
+
 def check(name, seed=0, quiet=False):
     """All rows of a detector: {"label", "published", "ours", "band", "in"}."""
+    if name in SHOWERS:
+        cylinder = calorimeter.CALORIMETERS[name]
+        return [*rows_of_showers(name, calorimeter.simulated_blocks(cylinder, SHOWERS[name], seed, quiet))]
     dataset = data.open_data(name, seed=seed, quiet=quiet)
     return [*rows_of_data(name, dataset), *rows_before_cut(name, seed, quiet),
             *rows_of_oracle(name, dataset, seed), *rows_of_examples(name),
@@ -177,10 +242,12 @@ def check(name, seed=0, quiet=False):
 def print_rows(rows):
     """Print the rows of `check` as one table."""
     print(f"{'':52} {'published':>10} {'ours':>10}  band")
-    verdicts = {True: "", False: "MISSED", None: "not run: needs scikit-learn"}
+    verdicts = {True: "", False: "MISSED", None: "not judged"}
     for entry in rows:
-        ours = "-" if entry["ours"] is None else f"{entry['ours']:.4g}"
-        figures = f"{entry['published']:10.4g} {ours:>10}  {entry['band']:10} {verdicts[entry['in']]}"
+        run = entry["ours"] is not None
+        ours = f"{entry['ours']:.4g}" if run else "-"
+        verdict = verdicts[entry["in"]] if run else "not run: needs scikit-learn"
+        figures = f"{entry['published']:10.4g} {ours:>10}  {entry['band']:10} {verdict}"
         print(f"{entry['label']:52} {figures}".rstrip())
     print(f"{sum(entry['in'] is False for entry in rows)} of {len(rows)} rows missed")
 
@@ -196,12 +263,15 @@ def sheet(name, path):
 def main(argv=None):
     """Print the table, or draw the sheet. Returns the rows."""
     parser = common.parser(__doc__, "check", flags=("seed", "quiet"))
-    parser.add_argument("detector", choices=DETECTORS, help="neutron (zn) or proton (zp) calorimeter")
+    parser.add_argument("detector", choices=(*DETECTORS, *SHOWERS),
+                        help="neutron (zn) or proton (zp) calorimeter, or set 2 or 3 of the CaloChallenge")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
     parser.add_argument("--sheet", type=Path, metavar="FILE",
                         help="only draw independent runs of the published example particles (PNG)")
     args = parser.parse_args(argv)
     if args.sheet:
+        if args.detector in SHOWERS:
+            parser.error("--sheet draws the published examples of zn and zp")
         return sheet(args.detector, args.sheet)
     rows = check(args.detector, args.seed, args.quiet)
     print_rows(rows)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import calorimeter
 import channels
 import common
 import data
@@ -278,6 +279,60 @@ def test_the_check_passes_when_every_row_is_in(monkeypatch, capsys):
     rows = [check.row("one", 10, 10.9, relative=0.1), check.row("two", 1, None, relative=0.1)]
     monkeypatch.setattr(check, "check", lambda *_: rows)
     assert check.main(["zn"]) == rows and "0 of 2 rows missed" in capsys.readouterr().out
+
+
+def published_statistics(incident, voxels):
+    """Those of CaloScoreV2, of these showers, each range of u from 0 to 1."""
+    logit = lambda x: np.log((1e-6 + (1 - 2e-6) * x) / (1 - 1e-6 - (1 - 2e-6) * x))
+    layers = voxels.sum((2, 3))
+    u = [layers.sum(1) / (2 * incident)]
+    for layer in range(44):
+        u.append(layers[:, layer] / (layers[:, layer:].sum(1) + 1e-10))
+    u, shares = logit(np.clip(u, 0, 1)), logit(voxels / (layers[:, :, None, None] + 1e-10))
+    return {"u_min": [0] * 45, "u_max": [1] * 45, "u_mean": u.mean(1), "u_std": u.std(1),
+            "voxel_mean": shares.mean((0, 2)), "voxel_std": np.sqrt(shares.var(0).mean(1)),
+            "correlation": np.corrcoef(layers.T)}
+
+
+def test_rows_of_showers(tmp_path, monkeypatch, capsys):
+    """A set of showers agrees with its own statistics; a wrong model does not, and the command says so."""
+    blocks = [*calorimeter.simulated_blocks(calorimeter.CALORIMETERS["ds2"], 400, quiet=True)]
+    published = published_statistics(*map(np.float64, map(np.concatenate, zip(*blocks))))
+    common.write_json(tmp_path / "published.json", {"ds2": published})
+    monkeypatch.setattr(check, "SHOWER_FILE", tmp_path / "published.json")
+    monkeypatch.setattr(check, "SHOWERS", {"ds2": 400})
+    rows = {row["label"]: row for row in check.check("ds2", quiet=True)}
+    apart = {label: abs(row["ours"] - row["published"]) for label, row in rows.items()}
+    own = [label for label in rows if "E_tot" not in label and "lit voxels" not in label]
+    assert len(own) == 94 and max(apart[label] for label in own) < 1e-6
+    small = published["u_std"] < 2
+    narrow = {f"logit u_{i}, {kind}" for kind in ("mean", "std") for i in np.flatnonzero(small)}
+    assert {label for label in own if rows[label]["in"]} == narrow | {*own[-4:-1]}
+    assert {label for label in own if rows[label]["in"] is not None} == narrow | {*own[-4:-1]} != {*own}
+    for name, value in {"mean": 0.5, "depth": 3.0, "spot": 100.0}.items():
+        monkeypatch.setitem(calorimeter.MODEL, name, value)
+    with pytest.raises(SystemExit) as stop:
+        check.main(["ds2", "--json", str(tmp_path / "check.json"), "--quiet"])
+    out, wrong = capsys.readouterr().out, json.loads((tmp_path / "check.json").read_text())["rows"]
+    missed = {row["label"] for row in wrong if row["in"] is False}
+    assert {"E_tot / E_inc, mean", "logit u_0, mean", "logit u_5, mean", *own[-4:-1]} <= missed
+    assert stop.value.code == 1 and out.count("MISSED") == len(missed) and "not judged" in out
+
+
+@pytest.mark.parametrize("name", check.SHOWERS)
+def test_published_showers_fit_the_calorimeter(name):
+    published = json.loads(check.SHOWER_FILE.read_text())[name]
+    layers, _, rings = calorimeter.CALORIMETERS[name].shape
+    assert {np.shape(published[key]) for key in ("voxel_mean", "voxel_std")} == {(layers, rings)}
+    assert {np.shape(published[f"u_{key}"]) for key in ("min", "max", "mean", "std")} == {(layers,)}
+    np.testing.assert_array_equal(published["correlation"], np.transpose(published["correlation"]))
+    assert sum(std < 2 for std in published["u_std"]) == 15
+
+
+def test_there_is_no_sheet_of_showers(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        check.main(["ds2", "--sheet", str(tmp_path / "sheet.png")])
+    assert "--sheet draws the published examples of zn and zp" in capsys.readouterr().err
 
 
 def test_the_sheet_draws_examples(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def shrink(put=setattr):
     put(fm, "NETWORKS", fm.NETWORKS | {"tiny": small})
     time_sampler = common.time_sampler
 
-    def time_one_size(draw, width, sizes):
+    def time_one_size(draw, width, sizes, **_):
         return time_sampler(draw, width, (64,) if len(sizes) > 1 else sizes, repeats=1)
     put(common, "time_sampler", time_one_size)
     put(common, "BLOCK", 64)

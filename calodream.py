@@ -1,0 +1,659 @@
+"""CaloDREAM: flow matching of calorimeter showers in two networks [CaloDREAM].
+
+The energy network draws how an electron of E_inc shares its energy among the layers, as ratios u, one layer
+after the other; the shape network draws the voxels x, given them. Both learn a velocity from noise at t = 0
+to data at t = 1:
+    u_0 = sum_i E_i / (f E_inc),   u_i = E_i / sum_(j >= i) E_j                                    (Eq. 2)
+    u_i ~ p(u_i | u_0 ... u_(i-1), E_inc),   x ~ p(x | u, E_inc)                                   (Eq. 4, 9)
+    L = E || v_theta((1 - t) e + t x, t) - (x - e) ||^2                                            (Eq. 8)
+--latent puts an autoencoder between x and the flow (Eq. 12 to 14). --solver bns follows the velocity with a
+solver whose steps are fitted to it, at a fifth of the evaluations (Eq. 15 to 17).
+
+    python calodream.py                                    a small calorimeter, five minutes on two CPU cores
+    python calodream.py --set ds2                          CaloChallenge's data set 2, an open stand-in
+    python calodream.py --data dataset_2_1.hdf5 --test dataset_2_2.hdf5 --binning binning_dataset_2.xml
+    python calodream.py --set ds2 --load weights/calodream-ds2.eqx --generate energies.csv --out showers.hdf5
+
+Prints the trainings, then the scores of metrics.py beside their oracle; ends with `written: runs/...`.
+"""
+import math
+import resource
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import calorimeter
+import common
+import metrics
+import papers
+import plots
+import solvers
+from calorimeter import (ALPHA, CALORIMETERS, Showers, energy_ratios, from_patches, incident, layer_energies,
+                         layer_shares, logit, to_patches, to_voxels, unlogit)
+from common import MLP, Linear, UserError
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+PATCHES = {"ds2": (3, 16, 3), "ds3": (3, 25, 6), "small": (2, 8, 5)}           # for two CPU cores
+PUBLISHED = {"ds2": (3, 16, 1), "ds3": (3, 5, 2), "small": (2, 8, 1)}          # [CaloDREAM, Table 2]
+LATENT = {"ds2": (3, 1, 1), "ds3": (3, 2, 2), "small": (1, 1, 1)}              # of the latent, with --net paper
+ROWS = {"ds2": 60_000, "ds3": 12_000, "small": 20_000}
+SHARED = tuple(name for name in common.FLAGS if name not in ("detector", "cond", "split"))
+
+
+def parse(argv):
+    """The resolved flags of the command line."""
+    own = "net", "latent", "patch", "energy_epochs"
+    rows = lambda args: None if args.data else ROWS[args.detector]
+    parser = common.parser(__doc__, "calodream", SHARED, own, n=rows, epochs=16, batch_size=128, steps=8)
+    parser.add_argument("--set", "--detector", dest="detector", choices=CALORIMETERS, default="small",
+                        help="calorimeter: CaloChallenge's data set 2 or 3, or a small one (default: small)")
+    parser.add_argument("--binning", type=calorimeter.read_binning, metavar="FILE",
+                        default=lambda args: CALORIMETERS[args.detector],
+                        help="binning file (XML) of the calorimeter, if it is not that of --set")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="showers to score on, with --data")
+    parser.add_argument("--net", choices=("vit", "paper"), default="vit",
+                        help="networks for two CPU cores or of the published sizes (default: vit)")
+    parser.add_argument("--latent", action="store_true", help="flow in the latent of an autoencoder (laViT)")
+    parser.add_argument("--patch", type=common.number(int, 1), nargs=3, metavar="N",
+                        default=default_patch,
+                        help="layers, angular bins and rings of a patch (default: by --set and --net)")
+    parser.add_argument("--energy-epochs", type=common.number(int, 1, 10**6), default=20, metavar="N",
+                        help="passes over the training rows for the energy network (default: 20)")
+    parser.add_argument("--solver", choices=("euler", "midpoint", "rk4", "bns", "bns-global"), default="bns",
+                        help="follow the velocity of the shape network with this solver (default: bns)")
+    parser.add_argument("--cut", type=common.number(float, 0), default=0.0, metavar="MEV",
+                        help="voxels up to this energy count as empty in the scores (default: 0)")
+    return parser.parse_args(argv)
+
+
+def default_patch(args):
+    """By --set, --net and --latent."""
+    published = LATENT if args.latent else PUBLISHED
+    return (published if args.net == "paper" else PATCHES)[args.detector]
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def flow_loss(velocity, x1, t, key):
+    """Flow matching of one example x_1 with velocity(x, t): t = 0 is noise, t = 1 is data."""
+    x0 = jax.random.normal(key, x1.shape)
+    x = (1 - t) * x0 + t * x1
+    return jnp.mean((velocity(x, t) - (x1 - x0))**2)                           # [CaloDREAM, Eq. 8]
+
+
+def energy_loss(net, u, e, key):
+    """Loss of ratios u (B, Z), standardised logits, for E_inc as e (B, 1). One network gives all velocities,
+    [Eq. 10]; each layer has a time of its own."""
+    time_key, noise_key = jax.random.split(key)
+    context = jax.vmap(net.context)(u, e)                                      # (B, Z, D)
+    t = jax.random.uniform(time_key, u.shape)
+    loss = flow_loss(lambda x, t: net.velocity(x, t, context), u, t, noise_key)
+    return loss, {"energy": loss}
+
+
+def shape_loss(net, voxels, c, key, prepare):
+    """Loss of voxels (B, Z, A, R), which `prepare` turns into x_1 (B, T, P), and conditions c (B, Z + 1)."""
+    size, (time_key, noise_key, latent_key) = len(voxels), jax.random.split(key, 3)
+    x1 = jax.vmap(prepare)(voxels, c, jax.random.split(latent_key, size))
+    t = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified: less noise
+    loss = lambda x, c, t, k: flow_loss(lambda x, t: net(x, t, c), x, t, k)
+    loss = jax.vmap(loss)(x1, c, t, jax.random.split(noise_key, size)).mean()
+    return loss, {"shape": loss}
+
+
+def autoencoder_loss(net, voxels, c, key):
+    """Loss of voxels (B, Z, A, R): Bernoulli likelihood of their shares in the layers, and a small KL."""
+    shares = jax.vmap(layer_shares)(voxels)
+    mean, log_std = jax.vmap(net.encode)(shares, c)
+    r = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    logits = jax.vmap(net.decode)(r, c)
+    cross_entropy = optax.sigmoid_binary_cross_entropy(logits, shares).mean()            # [Eq. 12]
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(2 * log_std) - 1 - 2 * log_std)
+    return cross_entropy + 1e-6 * kl, {"cross entropy": cross_entropy, "KL": kl}
+
+
+# -------------------------------------------------------------------------------------------- preprocessing
+# [CaloDREAM, 2]; the ratios and shares themselves are in calorimeter.py
+
+class Scales(eqx.Module):
+    """Means and standard deviations on the training rows: of logit u (Z,) and of the voxels' logits."""
+    u_mean: jax.Array
+    u_std: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def measure(showers, rows, centred):
+    """logit u (N, Z) of all showers, and the Scales of the given rows. The voxels' logits are `centred`, as
+    published; else empty voxels are 0, where a network finds them more easily."""
+    u = np.concatenate([energy_ratios(Showers(*(a[k:k + 4096] for a in showers)))
+                        for k in range(0, len(showers.energies), 4096)])
+    logits = jax.jit(jax.vmap(lambda voxels: logit(layer_shares(voxels))))
+    sums = np.zeros((2, *showers.voxels.shape[1:]))
+    for part in np.array_split(rows, -(-len(rows) // 2048)):
+        x = np.asarray(logits(showers.voxels[part]), np.float64)
+        sums += x.sum(0), (x**2).sum(0)
+    mean, square = sums / len(rows)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    zero = mean if centred else np.full(mean.shape, np.log(ALPHA / (1 - ALPHA)))
+    least = lambda std: np.maximum(std, 1e-3)                                  # always empty voxels have 0
+    scales = u[rows].mean(0), least(u[rows].std(0)), zero, least(std)
+    return u, Scales(*(jnp.asarray(a, jnp.float32) for a in scales))
+
+
+# ---------------------------------------------------------------------------------------------------- sampler
+
+ENERGY_STEPS = 8           # of RK4, for each ratio
+
+
+def sample_energies(net, e, key):
+    """Draw the ratios u (Z,) of one shower, standardised logits, for E_inc as e (1,): layer by layer, with
+    the keys and values of the layers before kept."""
+    noise, memory = jax.random.normal(key, (net.layers,)), net.encode(e)
+    solver = solvers.runge_kutta("rk4", ENERGY_STEPS)
+
+    def layer(carry, i):
+        before, cache = carry
+        context, cache = net.next_context(before, i, memory, cache)            # c_i [CaloDREAM, Eq. 9]
+        u = solvers.integrate(lambda u, t: net.velocity(u, t, context), noise[i], solver)
+        return (u, cache), u
+
+    start = jnp.zeros(()), net.empty_cache()
+    return jax.lax.scan(layer, start, jnp.arange(net.layers))[1]
+
+
+def sample_shapes(model, c, key, solver):
+    """Draw the shares (B, Z, A, R) of the voxels in their layers, for conditions c (B, Z + 1)."""
+    x0 = jax.random.normal(key, (len(c), *model.shape.tokens))
+    x = solvers.integrate(lambda x, t: jax.vmap(model.shape, (0, None, 0))(x, t, c), x0, solver)
+    return jax.vmap(model.decode)(x, c)
+
+
+def sample(model, e, key, solver):
+    """Draw a shower for each e (B, 1), E_inc as `incident` gives it: voxels (B, Z, A, R) in MeV."""
+    energy_key, shape_key = jax.random.split(key)
+    keys = jax.random.split(energy_key, len(e))
+    u = jax.vmap(partial(sample_energies, model.energy))(e, keys)              # [CaloDREAM, Eq. 4]
+    shares = sample_shapes(model, jnp.concatenate([e, u], axis=1), shape_key, solver)
+    logits = u * model.scales.u_std + model.scales.u_mean
+    layers = jax.vmap(layer_energies)(logits, jnp.exp(math.log(1e3) * (1 + e[:, 0])))
+    return jax.vmap(to_voxels)(shares, layers)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+# same as fm.py: make_step
+def make_step(loss, optimiser, plan):
+    """step((*arrays, key, number), state) -> (state, losses): gradient, update and averages, compiled."""
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch, state):
+        *arrays, key, number = batch
+        key = jax.random.fold_in(key, number)
+        objective = lambda net: loss(common.lower(net, plan.precision), *arrays, key)
+        gradient, losses = eqx.filter_grad(objective, has_aux=True)(state.net)
+        weights = eqx.filter(state.net, eqx.is_inexact_array)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, weights)
+        net = eqx.apply_updates(state.net, updates)
+        ema = common.moving_average(state.ema, net, plan.ema, number)
+        return common.State(net, ema, optimiser_state), losses | {"gradient norm": optax.tree.norm(gradient)}
+
+    return step
+
+
+def train(net, loss, arrays, rows, plan):
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`: showers or ratios, conditions (N, C).
+
+    Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
+    --seed and the number of the step, so that a run continued with --resume ends in the same numbers.
+    """
+    steps = plan.epochs * (len(rows) // plan.batch_size)
+    mesh, optimiser, key = common.batch_mesh(plan.devices), common.adamw(plan, steps), plan.keys[1]
+    step = make_step(loss, optimiser, plan)
+    with common.Logbook(plan, len(rows), steps) as book:
+        state = common.replicate(book.begin(common.first_state(net, optimiser)), mesh)
+        for batch in common.batches(arrays, rows, plan, mesh, book.step):
+            state, losses = step((*batch, key, np.int32(book.step)), state)
+            book.record(state, losses)
+    return state.ema, book.end()
+
+
+def stage(plan, name, **changes):
+    """The plan of one of the networks, with a folder of its own; --resume finishes those that were begun."""
+    run = plan.run / name
+    return plan._replace(run=run, resume=plan.resume and (run / "state.eqx").exists(), **changes)
+
+
+# ---------------------------------------------------------------------------------------------------- network
+# For ONE shower; vmap makes the batch.
+
+class Attention(eqx.Module):
+    """Multi-head attention of queries x (T, D) over keys and values (M, D), which `pair` makes."""
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width, heads, key):
+        keys = jax.random.split(key, 4)
+        self.query, self.key, self.value, self.out = (Linear(width, width, k) for k in keys)
+        self.heads = heads
+
+    def pair(self, memory):
+        return self.key(memory), self.value(memory)
+
+    def __call__(self, x, keys, values, mask=None):
+        # the heads in front: as the axis in the middle they cost a CPU three times the time
+        heads = lambda h: h.reshape(len(h), self.heads, -1).swapaxes(0, 1)    # (T, D) -> (H, T, D / H)
+        q, k, v = heads(self.query(x)), heads(keys), heads(values)
+        scores = q @ k.swapaxes(1, 2) / math.sqrt(q.shape[-1])                 # (H, T, M)
+        scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+        return self.out((jax.nn.softmax(scores) @ v).swapaxes(0, 1).reshape(x.shape))
+
+
+class CausalBlock(eqx.Module):
+    """Transformer layer with norms after the sums: attention over itself, over a memory (M, D) if there is
+    one, and a feed-forward network. `past` are keys and values (T, D) of the tokens so far."""
+    own: Attention
+    cross: Attention | None
+    up: Linear
+    down: Linear
+    norms: list
+
+    def __init__(self, width, heads, hidden, cross, key):
+        keys = jax.random.split(key, 4)
+        self.own = Attention(width, heads, keys[0])
+        self.cross = Attention(width, heads, keys[1]) if cross else None
+        self.up, self.down = Linear(width, hidden, keys[2]), Linear(hidden, width, keys[3])
+        self.norms = [eqx.nn.LayerNorm(width) for _ in range(3 if cross else 2)]
+
+    def __call__(self, x, past, mask=None, memory=None):
+        first, *second, last = (jax.vmap(norm) for norm in self.norms)
+        x = first(x + self.own(x, *past, mask))
+        for norm in second:
+            x = norm(x + self.cross(x, *self.cross.pair(memory)))
+        return last(x + self.down(jax.nn.relu(self.up(x))))
+
+
+FREQUENCIES = 2 * np.pi * np.random.default_rng(0).normal(size=128).astype(np.float32)          # of the time
+
+
+def time_features(t, number):
+    """Random Fourier features (..., 2 number) of the times t (...)."""
+    angles = jnp.asarray(t)[..., None] * FREQUENCIES[:number]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Transfusion(eqx.Module):
+    """The energy network: a causal transformer makes a context c_i (D,) of E_inc and the ratios before i
+    [CaloDREAM, Eq. 9]; one small network of c_i, t and u_i(t) gives all velocities [Eq. 10]."""
+    encoder: list
+    decoder: list
+    head: MLP
+    layers: int = eqx.field(static=True)
+    width: int = eqx.field(static=True)
+
+    def __init__(self, layers, key, depth, hidden, head, heads=4):
+        self.layers, self.width = layers, -(-(layers + 1) // 64) * 64
+        keys = iter(jax.random.split(key, 2 * depth + 1))
+        self.encoder, self.decoder = ([CausalBlock(self.width, heads, hidden, cross, next(keys))
+                                       for _ in range(depth)] for cross in (False, True))
+        self.head = MLP(next(keys), 1 + 64 + self.width, *head, 1)
+
+    def encode(self, e):
+        """The memory (1, D) of E_inc as e (1,)."""
+        x = jnp.pad(e, (0, self.width - 1))[None]
+        for block in self.encoder:
+            x = block(x, block.own.pair(x))
+        return x
+
+    def tokens(self, before, position):
+        """Tokens (..., D) of the ratios before (...) at one-hot positions (..., Z)."""
+        x = jnp.concatenate([before[..., None], position], axis=-1)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.width - x.shape[-1])])
+
+    def context(self, u, e):
+        """All c_i (Z, D) from the ratios u (Z,)."""
+        memory, mask = self.encode(e), np.tri(self.layers, dtype=bool)
+        x = self.tokens(jnp.concatenate([jnp.zeros(1), u[:-1]]), jnp.eye(self.layers))
+        for block in self.decoder:
+            x = block(x, block.own.pair(x), mask, memory)
+        return x
+
+    def empty_cache(self):
+        return jnp.zeros((len(self.decoder), 2, self.layers, self.width))
+
+    def next_context(self, before, i, memory, cache):
+        """c_i (D,) from the ratio before and the cache of earlier tokens' keys and values, and the cache."""
+        x = self.tokens(before, jnp.arange(self.layers) == i)[None]
+        for k, block in enumerate(self.decoder):
+            cache = cache.at[k, :, i].set(jnp.concatenate(block.own.pair(x)))
+            x = block(x, cache[k], jnp.arange(self.layers) <= i, memory)
+        return x[0], cache
+
+    def velocity(self, u, t, context):
+        """Velocities (...) of u (...) at t (...) given contexts (..., D)."""
+        time = time_features(jnp.broadcast_to(t, u.shape), 32)
+        return self.head(jnp.concatenate([u[..., None], time, context], axis=-1))[..., 0]
+
+
+def layer_norm(x):
+    """Layer normalisation without parameters."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def zero_linear(inputs, outputs):
+    """A Linear that starts at 0, so that a block starts as the identity (adaLN-zero)."""
+    return jax.tree.map(jnp.zeros_like, Linear(inputs, outputs, jax.random.key(0)))
+
+
+class ViTBlock(eqx.Module):
+    """Block of a vision transformer on tokens (T, D), scaled, shifted and gated by an embedding (D,)."""
+    attention: Attention
+    up: Linear
+    down: Linear
+    modulation: Linear
+
+    def __init__(self, width, heads, hidden, key):
+        keys = jax.random.split(key, 3)
+        self.attention = Attention(width, heads, keys[0])
+        self.up, self.down = Linear(width, hidden, keys[1]), Linear(hidden, width, keys[2])
+        self.modulation = zero_linear(width, 6 * width)
+
+    def __call__(self, x, e):
+        a, b, gate, a2, b2, gate2 = jnp.split(self.modulation(jax.nn.silu(e)), 6)
+        h = layer_norm(x) * (1 + a) + b
+        x = x + gate * self.attention(h, *self.attention.pair(h))              # [CaloDREAM, Eq. 11]
+        h = layer_norm(x) * (1 + a2) + b2
+        return x + gate2 * self.down(jax.nn.gelu(self.up(h)))
+
+
+class ViT(eqx.Module):
+    """The shape network: the velocity of patches x (T, P) at t for conditions c (Z + 1,). `maps` = 1 is the
+    velocity itself, as published. With 4, which a narrow network needs, the maps predict x_1 and
+    v = (x_1 - x_t) / (1 - t): what is linear in x_t, times the probability that a voxel is lit at all."""
+    enter: Linear
+    frequencies: jax.Array
+    condition: MLP
+    time: MLP
+    blocks: list
+    modulation: Linear
+    leave: Linear
+    grid: tuple = eqx.field(static=True)
+    tokens: tuple = eqx.field(static=True)
+
+    def __init__(self, shape, patch, conditions, key, width, depth, heads, hidden, maps):
+        keys = iter(jax.random.split(key, 4 + depth))
+        self.grid = tuple(size // p for size, p in zip(shape, patch))
+        self.tokens = math.prod(self.grid), math.prod(patch)
+        self.enter = Linear(self.tokens[1], width, next(keys))
+        self.frequencies = 2 * jnp.pi * jax.random.normal(next(keys), (3, width // 6))
+        self.condition = MLP(next(keys), conditions, width, width)
+        self.time = MLP(next(keys), 256, width, width)
+        self.blocks = [ViTBlock(width, heads, hidden, next(keys)) for _ in range(depth)]
+        self.modulation, self.leave = zero_linear(width, 2 * width), zero_linear(width, maps * self.tokens[1])
+
+    def positions(self):
+        """Sines and cosines (T, D) of the places of the patches, along each axis."""
+        places = jnp.stack([(i / n).ravel() for i, n in zip(np.indices(self.grid), self.grid)], axis=1)
+        angles = (places[:, :, None] * self.frequencies).reshape(len(places), -1)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+    def __call__(self, x, t, c):
+        e = self.condition(c) + self.time(time_features(t, 128))
+        h = self.enter(x) + self.positions()
+        for block in self.blocks:
+            h = block(h, e)
+        scale, shift = jnp.split(self.modulation(jax.nn.silu(e)), 2)
+        maps = self.leave(layer_norm(h) * (1 + scale) + shift).reshape(len(x), -1, x.shape[1])  # (T, maps, P)
+        maps = maps.astype(jnp.float32)
+        if maps.shape[1] == 1:
+            return maps[:, 0]
+        x1 = (maps[:, 0] + maps[:, 1] * x) * jax.nn.sigmoid(maps[:, 2] + maps[:, 3] * x)
+        return (x1 - x) / jnp.maximum(1 - t, 0.05)
+
+
+class PatchAutoencoder(eqx.Module):
+    """Ours: every patch of the shares has a latent of its own, (T, L); one network for all patches, told
+    apart by embeddings of their places, and conditioned on c."""
+    enter: Linear
+    code: Linear
+    condition: Linear
+    place: jax.Array
+    latent: Linear
+    leave: Linear
+    shape: tuple = eqx.field(static=True)
+    patch: tuple = eqx.field(static=True)
+
+    def __init__(self, shape, patch, conditions, key, width=256, reduction=2.5):
+        keys, size = jax.random.split(key, 6), math.prod(patch)
+        latent = max(1, round(size / reduction))                               # F of [CaloDREAM, 3.3]
+        self.shape, self.patch = shape, patch
+        self.enter, self.code = Linear(size, width, keys[0]), Linear(width, 2 * latent, keys[1])
+        self.condition = Linear(conditions, 2 * width, keys[2])
+        self.place = 0.1 * jax.random.normal(keys[3], (math.prod(shape) // size, 2 * width))
+        self.latent, self.leave = Linear(latent, width, keys[4]), Linear(width, size, keys[5])
+
+    def latent_shape(self):
+        """Shape (z, a, r) of the latent, and that of a patch, one token of the flow."""
+        grid = tuple(size // p for size, p in zip(self.shape, self.patch))
+        length = self.latent.weight.shape[1]
+        return (*grid[:2], grid[2] * length), (1, 1, length)
+
+    def encode(self, shares, c):
+        """Means and log standard deviations (T, L) of the latent."""
+        given = jnp.split(self.place + self.condition(c), 2, axis=1)[0]
+        x = to_patches(logit(shares) / 4, self.patch)
+        mean, log_std = jnp.split(self.code(jax.nn.silu(self.enter(x) + given)), 2, axis=1)
+        return mean, jnp.clip(log_std - 2, -8, 4)
+
+    def decode(self, r, c):
+        """Logits (Z, A, R) of the shares."""
+        given = jnp.split(self.place + self.condition(c), 2, axis=1)[1]
+        return from_patches(self.leave(jax.nn.silu(self.latent(r) + given)), self.patch, self.shape)
+
+
+class CaloDREAM(eqx.Module):
+    """The generative model, with the scales of its inputs, those of the latent if there is one, and the
+    bespoke solver of BNS_STEPS evaluations."""
+    energy: Transfusion
+    shape: ViT
+    scales: Scales
+    autoencoder: eqx.Module | None
+    latent: tuple | None                   # means and standard deviations (T, P)
+    solver: solvers.Solver
+
+    def decode(self, x, c):
+        """Shares (Z, A, R) of x (T, P), what the flow ends with."""
+        if self.autoencoder is None:
+            x = from_patches(x, self.patch(), self.scales.mean.shape)
+            return unlogit(x * self.scales.std + self.scales.mean)
+        shares = jax.nn.sigmoid(self.autoencoder.decode(x * self.latent[1] + self.latent[0], c))
+        return jnp.where(shares < 1e-6, 0, shares)                             # [CaloDREAM, Eq. 14]
+
+    def patch(self):
+        return tuple(size // n for size, n in zip(self.scales.mean.shape, self.shape.grid))
+
+
+ENERGY_BATCH = 256         # showers per step of the energy network
+BNS_STEPS = 8              # evaluations of the solver that a checkpoint brings
+
+# Sizes for two CPU cores, and those of [CaloDREAM, Table 1 and 2]
+ENERGY = {"vit": dict(depth=2, hidden=128, head=(128,) * 3),
+          "paper": dict(depth=4, hidden=1024, head=(256,) * 7)}
+SHAPE = {"vit": dict(width=96, depth=4, heads=4, hidden=192),
+         "paper": dict(width=480, depth=6, heads=6, hidden=1920),
+         "paper ds3": dict(width=240, depth=6, heads=6, hidden=720),
+         "paper latent": dict(width=240, depth=10, heads=6, hidden=960)}
+
+
+def make_model(net, name, shape, patch, latent, key):
+    """An untrained CaloDREAM for showers of `shape`."""
+    layers, keys = shape[0], jax.random.split(key, 3)
+    scales = Scales(jnp.zeros(layers), jnp.ones(layers), jnp.zeros(shape), jnp.ones(shape))
+    autoencoder = None
+    sizes = SHAPE.get(f"{net} {'latent' if latent else name}", SHAPE[net])
+    maps = 1 if latent or net == "paper" else 4
+    if latent:
+        Autoencoder = papers.ShowerAutoencoder if net == "paper" else PatchAutoencoder
+        autoencoder = Autoencoder(shape, patch, layers + 1, keys[2])
+        shape, patch = autoencoder.latent_shape()
+    flow = ViT(shape, patch, layers + 1, keys[1], maps=maps, **sizes)
+    standard = (jnp.zeros(flow.tokens), jnp.ones(flow.tokens)) if latent else None
+    return CaloDREAM(Transfusion(layers, keys[0], **ENERGY[net]), flow, scales, autoencoder, standard,
+                     solvers.runge_kutta("euler", BNS_STEPS))
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def open_data(args):
+    """Showers to train on with the split of their rows, (train, validation), and the showers to score on."""
+    if args.data:
+        showers = calorimeter.load_showers(args.data, args.binning, args.n)
+    else:
+        showers = calorimeter.open_showers(args.binning, args.n, args.seed, args.quiet)
+    rows = np.split(np.random.default_rng([args.seed, 90]).permutation(len(showers.energies)),
+                    [int(0.9 * len(showers.energies))])
+    if len(rows[0]) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(rows[0])} training rows")
+    if args.validate or (args.data and not args.test):
+        return showers, rows, Showers(*(array[np.sort(rows[1])] for array in showers))
+    if args.test:
+        return showers, rows, calorimeter.load_showers(args.test, args.binning)
+    return showers, rows, calorimeter.open_showers(args.binning, args.n // 5, args.seed + 1, args.quiet)
+
+
+def train_model(args, model, showers, rows):
+    """Train the networks of an untrained CaloDREAM, one after the other. Returns it and what its checkpoint
+    keeps: times, and the error of the autoencoder."""
+    plan = common.plan(args)
+    u, scales = measure(showers, rows, centred=args.net == "paper")
+    e, u = incident(showers.energies), np.array((u - scales.u_mean) / scales.u_std)
+    c, found = np.concatenate([e, u], axis=1), {}
+    batch = min(len(rows), ENERGY_BATCH)
+    energy, found["energy"] = train(model.energy, energy_loss, (u, e), rows,
+                                    stage(plan, "energy", epochs=args.energy_epochs, batch_size=batch))
+    model = eqx.tree_at(lambda m: (m.energy, m.scales), model, (energy, scales))
+    if args.latent:
+        net, found["autoencoder"] = train(model.autoencoder, autoencoder_loss, (showers.voxels, c), rows,
+                                          stage(plan, "autoencoder"))
+        codes = encode(net, showers.voxels[rows[:2048]], c[rows[:2048]], jax.random.key(args.seed))
+        latent = codes.mean(0), jnp.maximum(codes.std(0), 1e-3)
+        model = eqx.tree_at(lambda m: (m.autoencoder, m.latent), model, (net, latent))
+    to_x1 = partial(prepare, model.autoencoder, model.latent, scales, model.patch())
+    loss = partial(shape_loss, prepare=to_x1)
+    net, found["shape"] = train(model.shape, loss, (showers.voxels, c), rows, stage(plan, "shape"))
+    model = eqx.tree_at(lambda m: m.shape, model, net)
+    model = eqx.tree_at(lambda m: m.solver, model, bespoke(model, BNS_STEPS, "bns", args.seed))
+    return model, found | {"train_seconds": sum(part["train_seconds"] for part in found.values())}
+
+
+@eqx.filter_jit
+def encode(autoencoder, voxels, c, key):
+    """Latents r = mean + std z (B, T, P) of voxels (B, Z, A, R)."""
+    mean, log_std = jax.vmap(autoencoder.encode)(jax.vmap(layer_shares)(voxels), c)
+    return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+
+
+def prepare(autoencoder, latent, scales, patch, voxels, c, key):
+    """x_1 (T, P) of voxels (Z, A, R): standardised logits, or the standardised latent."""
+    if autoencoder is None:
+        return to_patches((logit(layer_shares(voxels)) - scales.mean) / scales.std, patch)
+    return (encode(autoencoder, voxels[None], c[None], key)[0] - latent[0]) / latent[1]
+
+
+def bespoke(model, steps, how, seed, number=128):
+    """A bespoke Solver, fitted on electrons of random energies: no data are needed."""
+    energy_key, u_key, key = jax.random.split(jax.random.key(seed), 3)
+    e = jax.random.uniform(energy_key, (number, 1))
+    draw = eqx.filter_jit(jax.vmap(partial(sample_energies, model.energy)))
+    c = jnp.concatenate([e, draw(e, jax.random.split(u_key, number))], axis=1)
+    x0 = jax.random.normal(key, (number, *model.shape.tokens))
+    return solvers.fit(jax.vmap(model.shape, (0, None, 0)), x0, c, steps, how)
+
+
+def choose_solver(args, model):
+    """The Solver of --solver and --steps: a Runge-Kutta method, the checkpoint's, or a newly fitted one."""
+    if args.solver in solvers.METHODS:
+        return solvers.runge_kutta(args.solver, args.steps)
+    if args.solver == "bns" and args.steps == BNS_STEPS:
+        return model.solver
+    return bespoke(model, args.steps, args.solver, args.seed)
+
+
+def generate_showers(draw, energies, key):
+    """Showers for the incident energies (N,), MeV."""
+    return Showers(energies, common.in_blocks(draw, key, incident(energies)))
+
+
+def generate_file(args, draw):
+    """--generate: write showers of a list of energies in the format of the challenge, all or none."""
+    energies, key = calorimeter.read_energies(args.generate), jax.random.key(args.seed)
+    size = 8 * common.BLOCK
+    starts = common.progress(range(0, len(energies), size), "generating", args.quiet)
+    blocks = (generate_showers(draw, energies[k:k + size], jax.random.fold_in(key, k)) for k in starts)
+    calorimeter.save_showers(args.out, args.binning, len(energies), blocks)
+    print(f"{len(energies)} showers -> {args.out}")
+    return {"rows": len(energies), "out": str(args.out)}
+
+
+def report(args, model, draw, solver, test, rows, found):
+    """Time and score the sampler: print the table, draw the pictures, write metrics.json and return it."""
+    cost = common.network_cost(model.shape, model.shape.tokens, (), (1 + model.energy.layers,))
+    parameters = {name: common.count_parameters(getattr(model, name)) for name in ("energy", "shape")}
+    result = {"script": args.script, "detector": args.detector, "command": args.command,
+              "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
+              "rows": {"train": rows, "test": len(test.energies)}, "parameters": parameters,
+              "mflop": cost["mflop"], "solver": args.solver, "evaluations": len(solver.times), **found,
+              **common.time_sampler(draw, 1, (1, 100), repeats=3)}
+    print(f"{parameters} parameters, {len(solver.times)} evaluations of {cost['mflop']:.1f} MFLOP each; "
+          f"ms per shower: {result['ms_per_response']}")
+    made = generate_showers(draw, test.energies, jax.random.key(args.seed + 1))
+    again = None
+    if not args.data:
+        again = Showers(test.energies, calorimeter.simulate(args.binning, test.energies, 1000 + args.seed))
+    result["scores"] = metrics.evaluate_showers(test, made, args.binning, again, args.cut, args.seed)
+    title = f"{args.detector}, {args.solver}, {len(solver.times)} evaluations, {len(test.energies)} showers"
+    metrics.print_showers(result["scores"], title)
+    result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # Linux: kB
+    metrics.plot_showers(args.run, test, made, args.binning, result["scores"])
+    for log in args.run.rglob("log.jsonl"):
+        plots.plot_training(log.with_name("training.png"), common.read_log(log.parent))
+    common.write_json(args.run / "metrics.json", result)
+    print(f"written: {args.run}/")
+    return result
+
+
+def main(argv=None):
+    """Train (or load), then score or generate. Returns what metrics.json holds."""
+    args = parse(argv)
+    common.prepare_jax()
+    shape, patch = args.binning.shape, tuple(args.patch)
+    if any(size % p for size, p in zip(shape, patch)) and not (args.latent and args.net == "paper"):
+        raise UserError(f"--patch {patch}: expected divisors of the calorimeter's {shape}")
+    make = partial(make_model, args.net, args.detector, shape, patch, args.latent)
+    if args.load:
+        model, found = common.load_model(args.load, make), args.header["scores"]
+    if not args.generate:
+        showers, (rows, _), test = open_data(args)
+    if not args.load:
+        model, found = train_model(args, make(common.plan(args).keys[0]), showers, rows)
+        model = common.save_model(args.run, args.header, args.binning, found, model)
+    solver = choose_solver(args, model)
+    draw = eqx.filter_jit(eqx.Partial(sample, model, solver=solver))
+    if args.generate:
+        return generate_file(args, draw)
+    return report(args, model, draw, solver, test, len(rows), found)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,530 @@
+"""calodream.py: showers as the networks see them, losses by hand, causality, published sizes, and one run."""
+import json
+import math
+import shutil
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import equinox as eqx
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import calodream
+import calorimeter
+import common
+import metrics
+import papers
+import tiny
+from calorimeter import CALORIMETERS, FACTOR, Showers
+
+KEY, SMALL = jax.random.key(0), CALORIMETERS["small"]
+FLAGS = "--n 300 --epochs 1 --energy-epochs 1 --batch-size 64 --steps 2 --quiet".split()
+E, C = jnp.array([0.4]), jnp.linspace(-1, 1, 11)                               # E_inc, and all conditions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Small networks, solvers and scores for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(patch.setattr)
+        patch.setitem(calodream.ENERGY, "vit", dict(depth=1, hidden=16, head=(16,)))
+        patch.setitem(calodream.SHAPE, "vit", dict(width=12, depth=1, heads=2, hidden=24))
+        patch.setattr(calodream, "make_model", eqx.filter_jit(calodream.make_model))        # compiled as one
+        patch.setattr(calodream, "ENERGY_BATCH", 64)
+        patch.setattr(calodream, "BNS_STEPS", 2)
+        patch.setattr(calodream, "bespoke", partial(calodream.bespoke, number=8))
+        few = dict(rows=60, width=8, depth=1, epochs=1, batch=20, trainings=1)
+        patch.setattr(metrics, "SHOWER_CLASSIFIER", metrics.SHOWER_CLASSIFIER | few)
+        patch.setattr(metrics, "fpd", lambda *args, **options: (1.0, 0.1))
+        yield
+
+
+def make():
+    return calodream.make_model("vit", "small", SMALL.shape, (2, 8, 5), False, KEY)
+
+
+def random_network(make, *args, **sizes):
+    """make(*args, key, **sizes) with random weights, none of them 0, made by NumPy: nothing is compiled."""
+    rng, shapes = np.random.default_rng(0), eqx.filter_eval_shape(make, *args, KEY, **sizes)
+    fill = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
+    return jax.tree.map(lambda leaf: fill(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, shapes)
+
+
+# ---------------------------------------------------------------------------------------------- preprocessing
+
+def random_shower(seed, energy, lit, empty):
+    """Showers of one shower: the share `lit` of its voxels from the threshold to GeVs, some layers empty."""
+    rng = np.random.default_rng(seed)
+    voxels = 0.016 * np.exp(rng.uniform(0, 12, SMALL.shape)) * (rng.random(SMALL.shape) < lit)
+    voxels[rng.random(10) < empty] = 0
+    voxels *= min(1, 2.8 * energy / max(voxels.sum(), 1e-9))
+    return Showers(np.float32([energy]), np.where(voxels < 0.016, 0, voxels).astype(np.float32)[None])
+
+
+SHOWERS = st.builds(random_shower, st.integers(0, 2**32 - 1), st.floats(1e3, 1e6),
+                    st.sampled_from([0, 0.003, 0.05, 0.5, 1]), st.sampled_from([0, 0.5, 0.9]))
+
+
+@jax.jit
+def there_and_back(voxels, u, energy):
+    """Voxels (Z, A, R) by way of what the networks see, and the energies of the layers (Z,)."""
+    shares = calorimeter.unlogit(calorimeter.logit(calorimeter.layer_shares(voxels)))
+    layers = calorimeter.layer_energies(u, energy)
+    return calorimeter.to_voxels(shares, layers), layers
+
+
+def assert_survives(showers):
+    (energy,), (voxels,) = showers
+    found, layers = there_and_back(voxels, calorimeter.energy_ratios(showers)[0], energy)
+    kept = voxels > 1.01e-7 * voxels.sum((1, 2), keepdims=True)                # smaller shares are cut off
+    np.testing.assert_allclose(found, np.where(kept, voxels, 0), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(layers, voxels.sum((1, 2)), rtol=1e-4, atol=1e-2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHOWERS)
+def test_preprocessing_is_invertible(showers):
+    assert_survives(showers)
+
+
+@pytest.mark.parametrize("lit", [{}, {0: 5.0}, {9: 0.02}, {4: 2.8e6}, {3: 1e6, 7: 0.11}, {0: 0.02, 9: 1e6}])
+def test_layers_of_single_voxels_survive(lit):
+    voxels = np.zeros((1, *SMALL.shape), np.float32)
+    for layer, energy in lit.items():
+        voxels[0, layer, 2, 3] = energy
+    assert_survives(Showers(np.float32([1e6]), voxels))
+
+
+@settings(max_examples=20, deadline=None)
+@given(SHOWERS)
+def test_ratios_are_those_of_the_equation(showers):
+    layers = showers.voxels[0].sum((1, 2), dtype=np.float64)
+    u = [layers.sum() / FACTOR / showers.energies[0]]                          # [CaloDREAM, Eq. 2]
+    for i in range(9):
+        u.append(layers[i] / layers[i:].sum() if layers[i] else 0.0)
+    assert (np.array(u) >= 0).all() and (np.array(u) <= 1).all()
+    x = 1e-6 + (1 - 2e-6) * np.array(u)                                        # [CaloDREAM, Eq. 3]
+    np.testing.assert_allclose(calorimeter.energy_ratios(showers)[0], np.log(x / (1 - x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [(2, 8, 5), (5, 2, 1), (1, 1, 1)])
+def test_patches(patch):
+    voxels = np.arange(400).reshape(SMALL.shape)
+    found, grid = calorimeter.to_patches(voxels, patch), [n // p for n, p in zip(SMALL.shape, patch)]
+    assert np.array_equal(calorimeter.from_patches(found, patch, SMALL.shape), voxels)
+    for number, place in enumerate(np.ndindex(*grid)):
+        block = voxels[tuple(slice(i * p, (i + 1) * p) for i, p in zip(place, patch))]
+        assert np.array_equal(found[number], block.ravel())
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_measured_scales(centred):
+    energies = calorimeter.draw_energies(60, 0)
+    showers = Showers(energies, calorimeter.simulate(SMALL, energies, 0))
+    showers.voxels[:, 9, 7, 4] = 0                                             # a voxel that is never lit
+    rows = np.arange(10, 60)
+    u, scales = calodream.measure(showers, rows, centred)
+    shares = showers.voxels / np.maximum(showers.voxels.sum((2, 3), keepdims=True), 1e-10)
+    logits = np.log((1e-6 + (1 - 2e-6) * shares) / (1e-6 + (1 - 2e-6) * (1 - shares)))[rows]
+    assert np.array_equal(u, calorimeter.energy_ratios(showers))
+    np.testing.assert_allclose(scales.u_mean, u[rows].mean(0), rtol=1e-4)
+    np.testing.assert_allclose(scales.std, np.maximum(logits.std(0), 1e-3), rtol=1e-2)
+    np.testing.assert_allclose(scales.mean, logits.mean(0) if centred else np.log(1e-6), rtol=1e-4)
+    x = calodream.prepare(None, None, scales, (2, 8, 5), showers.voxels[20], C, KEY)
+    model = eqx.tree_at(lambda m: m.scales, make(), scales)
+    np.testing.assert_allclose(model.decode(x, C), shares[20], atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def test_flow_loss():
+    x1, states = jnp.full((200, 200), 3.0), []
+    for t in (0.0, 0.4, 1.0):
+        calodream.flow_loss(lambda x, t: states.append(x) or x, x1, t, KEY)
+        assert float(states[-1].mean()) == pytest.approx(3 * t, abs=0.02)
+        assert float(states[-1].std()) == pytest.approx(1 - t, abs=0.02)
+    right = lambda off: lambda x, t: (x1 - x) / (1 - t) + off
+    assert calodream.flow_loss(right(0), x1, 0.3, KEY) < 1e-8
+    assert calodream.flow_loss(right(2), x1, 0.3, KEY) == pytest.approx(4, rel=1e-4)
+
+
+def test_energy_loss_by_hand():
+    """A velocity u(t) + t + context shows that each layer has a time and a context of its own."""
+    u, e = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
+    net = SimpleNamespace(context=lambda u, e: u**2 + e, velocity=lambda x, t, context: x + t + context)
+    found, parts = calodream.energy_loss(net, u, e[:, :1], KEY)
+    time_key, noise_key = jax.random.split(KEY)
+    t, noise = jax.random.uniform(time_key, (5, 10)), jax.random.normal(noise_key, (5, 10))
+    velocity = (1 - t) * noise + t * u + t + u**2 + e[:, :1]
+    assert found == parts["energy"] == pytest.approx(float(np.mean((velocity - (u - noise))**2)), rel=1e-5)
+
+
+def test_shape_loss_by_hand():
+    """The network is evaluated at one time in each of B equal intervals."""
+    x1, c, times = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32), np.arange(4.0), []
+    net = lambda x, t, c: jax.debug.callback(times.append, t) or 0 * x + c
+    found, _ = calodream.shape_loss(net, x1, c, KEY, prepare=lambda voxels, c, key: voxels)
+    keys = jax.random.split(jax.random.split(KEY, 3)[1], 4)
+    noise = np.array([jax.random.normal(key, (2, 3)) for key in keys])
+    assert found == pytest.approx(np.mean((c[:, None, None] - (x1 - noise))**2), rel=1e-5)
+    assert sorted(int(4 * t) for t in times) == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------------- sampler
+
+def test_ratios_are_drawn_one_after_the_other():
+    """u_i = noise + context for a velocity that is the context, here u_(i-1) + E_inc."""
+    net = SimpleNamespace(layers=4, encode=lambda e: e, empty_cache=lambda: jnp.zeros(()),
+                          next_context=lambda before, i, memory, cache: (before + memory[0], cache + 1),
+                          velocity=lambda u, t, context: context)
+    u = 0.0
+    for noise, found in zip(jax.random.normal(KEY, (4,)), calodream.sample_energies(net, E, KEY)):
+        u = noise + u + E[0]
+        assert found == pytest.approx(float(u), abs=1e-5)
+
+
+def test_solvers_of_the_flags(monkeypatch):
+    model = SimpleNamespace(solver="the checkpoint's")
+    choose = lambda *flags: calodream.choose_solver(calodream.parse([*FLAGS, *flags]), model)
+    monkeypatch.setattr(calodream, "bespoke", lambda model, *args: args)
+    assert choose() == "the checkpoint's" and choose("--steps", "5", "--seed", "7") == (5, "bns", 7)
+    assert choose("--solver", "bns-global") == (2, "bns-global", 0)
+    for method, evaluations in (("euler", 2), ("midpoint", 4), ("rk4", 8)):
+        assert len(choose("--solver", method).times) == evaluations
+
+
+# ----------------------------------------------------------------------------------------------------- energy
+
+@pytest.fixture(scope="module")
+def transfusion():
+    return random_network(calodream.Transfusion, 10, **calodream.ENERGY["vit"])
+
+
+def test_contexts_are_causal(transfusion):
+    """Context i depends on all ratios before i, and on no other."""
+    jacobians = jax.jit(jax.jacfwd(lambda *inputs: transfusion.context(*inputs), argnums=(0, 1)))
+    depends, on_energy = (np.abs(derivative).sum(1) > 0 for derivative in jacobians(C[:10], E))
+    assert np.array_equal(depends, np.tri(10, k=-1)) and on_energy.all()
+
+
+def test_cached_contexts_are_the_same(transfusion):
+    u, memory, cache = C[:10], transfusion.encode(E), transfusion.empty_cache()
+    step = eqx.filter_jit(transfusion.next_context)
+    for i, expected in enumerate(eqx.filter_jit(transfusion.context)(u, E)):
+        context, cache = step(u[i - 1] if i else jnp.zeros(()), jnp.int32(i), memory, cache)
+        np.testing.assert_allclose(context, expected, atol=1e-5)
+
+
+def test_velocities_depend_on_their_own_context(transfusion):
+    jacobians = jax.jit(jax.jacrev(lambda *inputs: transfusion.velocity(*inputs), argnums=(0, 1, 2)))
+    for derivative in jacobians(C[:10], C[1:], jax.random.normal(KEY, (10, 64))):
+        depends = np.abs(derivative).reshape(10, 10, -1).sum(2) > 0
+        assert np.array_equal(depends, np.eye(10))
+
+
+# ------------------------------------------------------------------------------------------------------ shape
+
+VIT = partial(calodream.ViT, width=12, depth=1, heads=2, hidden=24)
+
+
+@cache
+def untrained(maps):
+    return eqx.filter_jit(VIT)(SMALL.shape, (2, 8, 1), 11, KEY, maps=maps)
+
+
+def random_vit():
+    return random_network(VIT, SMALL.shape, (2, 8, 1), 11, maps=4)
+
+
+def test_an_untrained_transformer():
+    """Blocks start as the identity; the velocity starts as 0 or, with four maps, as that of x_1 = 0."""
+    x, h, e = (jax.random.normal(KEY, shape) for shape in ((25, 16), (25, 12), (12,)))
+    for block, identity in ((untrained(1).blocks[0], True), (random_vit().blocks[0], False)):
+        assert np.array_equal(eqx.filter_jit(block)(h, e), h) == identity
+    assert not eqx.filter_jit(untrained(1))(x, 0.3, C).any()
+    np.testing.assert_allclose(eqx.filter_jit(untrained(4))(x, 0.3, C), -x / 0.7, rtol=1e-5)
+
+
+def test_four_maps_predict_x1():
+    x = jax.random.normal(KEY, (25, 16))
+    maps = jnp.repeat(jnp.array([1.5, 0.25, 0.5, -2.0]), 16)
+    net = eqx.filter_jit(eqx.tree_at(lambda net: net.leave.bias, untrained(4), maps))
+    x1 = (1.5 + 0.25 * x) / (1 + np.exp(-(0.5 - 2.0 * x)))
+    for t in (0.0, 0.6, 0.95):
+        np.testing.assert_allclose(net(x, jnp.float32(t), C), (x1 - x) / (1 - t), rtol=1e-3, atol=1e-5)
+    assert np.isfinite(net(x, jnp.float32(1), C)).all()
+
+
+def test_patches_are_told_apart_and_seen_by_all():
+    found, net, x = untrained(4).positions(), random_vit(), jnp.ones((25, 16))
+    assert found.shape == (25, 12) and len(np.unique(np.round(found, 4), axis=0)) == 25
+    both = lambda *inputs: 2 * (net(*inputs).sum(1),)
+    jacobians = jax.jit(jax.jacfwd(both, argnums=(0, 1, 2), has_aux=True))
+    (by_x, by_t, by_c), out = jacobians(x, 0.3, C)
+    assert len(np.unique(np.round(out, 4))) == 25                              # equal patches, other places
+    assert (np.abs(by_x).sum(2) > 0).all() and by_t.all() and by_c.all()
+
+
+# ---------------------------------------------------------------------------------------------- autoencoders
+
+def test_autoencoder_loss_by_hand():
+    """Binary cross entropy, and 10^-6 times the KL divergence from a standard normal distribution."""
+    rng = np.random.default_rng(0)
+    mean, log_std, shift = rng.normal(size=(3, 2, 2, 2)).astype(np.float32)
+    net = SimpleNamespace(encode=lambda shares, c: (mean, log_std), decode=lambda r, c: r + shift)
+    voxels = rng.exponential(1, (1, 2, 2, 2)).astype(np.float32)
+    found, parts = calodream.autoencoder_loss(net, voxels, C[None], KEY)
+    logits = mean + np.exp(log_std) * jax.random.normal(KEY, (1, 2, 2, 2))[0] + shift
+    p, shares = 1 / (1 + np.exp(-logits)), voxels[0] / voxels[0].sum((1, 2), keepdims=True)
+    cross_entropy = -np.mean(shares * np.log(p) + (1 - shares) * np.log(1 - p))
+    kl = np.mean((mean**2 + np.exp(2 * log_std) - 1) / 2 - log_std)
+    assert parts["cross entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert parts["KL"] == pytest.approx(kl, rel=1e-5)
+    assert found == pytest.approx(cross_entropy + 1e-6 * kl, rel=1e-6)
+
+
+def test_patches_have_latents_of_their_own():
+    """A latent depends on its patch and the conditions, and what it decodes to on this latent alone."""
+    net = random_network(calodream.PatchAutoencoder, SMALL.shape, (2, 8, 1), 11, width=8)
+    shares = calorimeter.layer_shares(jnp.ones(SMALL.shape))
+    encode, decode = eqx.filter_jit(net.encode), eqx.filter_jit(net.decode)
+    mean, log_std = encode(shares, C)
+    assert mean.shape == log_std.shape == (25, 6) and net.latent_shape() == ((5, 1, 30), (1, 1, 6))
+    for patch in (0, 7, 24):
+        change = calorimeter.from_patches(jnp.zeros((25, 16)).at[patch].set(0.1), (2, 8, 1), SMALL.shape)
+        changed = (encode(shares + change, C)[0] != mean).any(1)
+        assert np.array_equal(np.flatnonzero(changed), [patch])
+        logits = decode(mean.at[patch].add(1.0), C)
+        changed = calorimeter.to_patches(logits != decode(mean, C), (2, 8, 1)).any(1)
+        assert np.array_equal(np.flatnonzero(changed), [patch])
+    assert (encode(shares, C + 1)[0] != mean).any(1).all()
+    assert (decode(mean, C + 1) != decode(mean, C)).all()
+    assert len(np.unique(np.round(mean, 4), axis=0)) == 25                     # equal patches, other places
+
+
+def test_the_published_autoencoder():
+    net = random_network(papers.ShowerAutoencoder, SMALL.shape, (1, 1, 1), 11, width=4)
+    mean, log_std = eqx.filter_jit(net.encode)(jnp.full(SMALL.shape, 0.1), C)
+    latent, patch = net.latent_shape()
+    assert (latent, patch) == ((5, 5, 10), (1, 1, 2)) and mean.shape == log_std.shape == (125, 2)
+    assert eqx.filter_jit(net.decode)(mean, C).shape == SMALL.shape
+    for name, shape in (("ds2", (15, 9, 18)), ("ds3", (15, 26, 36))):
+        make = partial(papers.ShowerAutoencoder, CALORIMETERS[name].shape, calodream.LATENT[name], 46)
+        assert eqx.filter_eval_shape(make, KEY).latent_shape()[0] == shape
+
+
+# -------------------------------------------------------------------------------------------- published sizes
+
+@pytest.mark.parametrize("name, latent, tokens, size", [
+    ("ds2", False, (135, 48), 26_042_688), ("ds3", False, (1350, 30), 5_868_870),
+    ("ds2", True, (405, 6), 10_711_566)])
+def test_published_sizes(name, latent, tokens, size):
+    """[CaloDREAM, Table 1 and 2]: 1.69 M for the energies; 26.0 M, 5.87 M and 10.7 M for the shapes."""
+    shape, patch = CALORIMETERS[name].shape, (calodream.LATENT if latent else calodream.PUBLISHED)[name]
+    model = eqx.filter_eval_shape(calodream.make_model, "paper", name, shape, patch, latent, KEY)
+    count = lambda net: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net) if hasattr(leaf, "shape"))
+    assert (count(model.energy), count(model.shape), model.shape.tokens) == (1_687_809, size, tokens)
+
+
+def test_default_patches_divide_the_calorimeters():
+    for name, cylinder in CALORIMETERS.items():
+        for patches in (calodream.PATCHES, calodream.PUBLISHED):
+            assert not any(size % p for size, p in zip(cylinder.shape, patches[name]))
+    for sizes in calodream.SHAPE.values():
+        assert sizes["width"] % 6 == 0 and sizes["width"] % sizes["heads"] == 0
+
+
+def test_a_step_of_the_published_energy_network(tmp_path):
+    """With one block instead of four, which compile longer."""
+    net = random_network(calodream.Transfusion, 10, **calodream.ENERGY["paper"] | {"depth": 1})
+    plan = common.plan(calodream.parse([*FLAGS, "--run", str(tmp_path)]))
+    before, optimiser = np.asarray(net.head.layers[0].weight), common.adamw(plan, 10)
+    step = calodream.make_step(calodream.energy_loss, optimiser, plan)
+    u, e = np.random.default_rng(0).normal(size=(2, 8, 10)).astype(np.float32)
+    state, losses = step((u, e[:, :1], KEY, np.int32(3)), common.first_state(net, optimiser))
+    assert all(np.isfinite(float(value)) for value in losses.values()) and losses["gradient norm"] > 0
+    assert all((part.head.layers[0].weight != before).all() for part in (state.net, state.ema))
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, what main returns, the model, what it draws with, a number for each loss that was traced)."""
+    folder, models, traces = tmp_path_factory.mktemp("calodream") / "run", [], []
+    report, flow_loss = calodream.report, calodream.flow_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calodream, "report", lambda *args: models.append(args[1:3]) or report(*args))
+        patch.setattr(calodream, "flow_loss", lambda *args: traces.append(1) or flow_loss(*args))
+        result = calodream.main([*FLAGS, "--run", str(folder)])
+    return folder, result, *models[0], traces
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The arguments of the scores, which are not computed; nor is a solver fitted."""
+    calls = []
+    monkeypatch.setattr(calodream, "bespoke", lambda model, *args: model.solver)
+    monkeypatch.setattr(metrics, "evaluate_showers", lambda *args: calls.append(args) or {"AUC_low": 0.5})
+    monkeypatch.setattr(metrics, "print_showers", lambda *args: None)
+    monkeypatch.setattr(metrics, "plot_showers", lambda *args: None)
+    return calls
+
+
+def load(folder):
+    return "--load", str(folder / "model.eqx"), "--steps", "2", "--quiet"
+
+
+def test_a_run(trained):
+    folder, result, *_ = trained
+    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert result["rows"] == {"train": 270, "test": 60} and result["evaluations"] == 2
+    assert set(result["parameters"]) == {"energy", "shape"} and result["mflop"] > 0
+    assert result["train_seconds"] == sum(result[name]["train_seconds"] for name in ("energy", "shape"))
+    assert {"AUC_low", "AUC_high", "FPD", "separation"} <= result["scores"].keys()
+    assert {"value", "oracle"} <= result["scores"]["AUC_low"].keys()
+    names = {"model.eqx", "metrics.json", "sheet.png", "showers.png", "energy", "shape"}
+    assert {path.name for path in folder.iterdir()} == names
+    for stage in ("energy", "shape"):
+        assert common.read_log(folder / stage)[-1]["step"] == 4 and (folder / stage / "training.png").exists()
+
+
+def test_a_step_compiles_once(trained):
+    assert len(trained[4]) == 2                                                # once for each network
+
+
+def test_showers_follow_from_the_key(trained):
+    first, again, other = (trained[3](np.zeros((64, 1), np.float32), jax.random.key(k)) for k in (0, 0, 1))
+    assert first.shape == (64, *SMALL.shape) and len(np.unique(first, axis=0)) == 64
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert (first >= 0).all() and first[first > 0].min() >= calorimeter.THRESHOLD
+
+
+def test_a_shower_has_the_energies_of_its_ratios(trained):
+    _, _, model, draw, _ = trained
+    e, keys = np.linspace(0, 1, 64, dtype=np.float32)[:, None], jax.random.split(jax.random.split(KEY)[0], 64)
+    u = jax.jit(jax.vmap(partial(calodream.sample_energies, model.energy)))(e, keys)
+    logits = u * model.scales.u_std + model.scales.u_mean
+    layers = jax.vmap(calorimeter.layer_energies)(logits, 1e3 ** (1 + e[:, 0]))
+    cut = 40 * calorimeter.THRESHOLD                                           # at most, from 40 voxels
+    assert (np.abs(draw(e, KEY).sum((2, 3)) - layers) <= cut + 1e-3 * layers).all()
+    assert (layers.max(1) > 10).all()
+
+
+def test_saved_and_loaded(trained, tmp_path, scored):
+    """The same showers, and what the checkpoint keeps of the training."""
+    folder, result, _, draw, _ = trained
+    found = calodream.main([*load(folder), "--run", str(tmp_path)])
+    real, made, binning, oracle, cut, _ = scored[0]
+    e = calorimeter.incident(real.energies)
+    assert np.array_equal(made.voxels, common.in_blocks(draw, jax.random.key(1), e)) and binning == SMALL
+    assert np.array_equal(made.energies, real.energies) and np.array_equal(oracle.energies, real.energies)
+    assert not np.array_equal(oracle.voxels, real.voxels)
+    kept = "flags", "rows", "parameters", "train_seconds", "energy", "shape"
+    assert all(found[name] == common.plain(result[name]) for name in kept)
+
+
+def test_validation_rows(trained, tmp_path, scored):
+    result = calodream.main([*load(trained[0]), "--validate", "--run", str(tmp_path)])
+    showers, real = calorimeter.open_showers(SMALL, 300), scored[0][0]
+    assert result["rows"] == {"train": 270, "test": 30} and np.isin(real.energies, showers.energies).all()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "hdf5"])
+def test_generated_files(suffix, trained, tmp_path, capsys):
+    """A shower for each energy, of which there are more than a block; the same from the same seed."""
+    energies, particles = np.geomspace(1e3, 1e6, 70), tmp_path / f"list.{suffix}"
+    out, again = tmp_path / "showers.hdf5", tmp_path / "again.hdf5"
+    if suffix == "csv":
+        particles.write_text("incident_energies\n" + "\n".join(map(str, energies)))
+    else:
+        with h5py.File(particles, "w") as file:
+            file["incident_energies"] = energies[:, None]
+    flags = *load(trained[0]), "--generate", str(particles)
+    assert calodream.main([*flags, "--out", str(out)]) == {"rows": 70, "out": str(out)}
+    assert f"70 showers -> {out}" in capsys.readouterr().out
+    showers = calorimeter.load_showers(out, SMALL)
+    np.testing.assert_allclose(showers.energies, energies, rtol=1e-6)
+    totals = showers.voxels.sum((1, 2, 3)) / energies
+    assert 0.1 < np.median(totals) < 2 and totals.max() < 1.01 * FACTOR
+    calodream.main([*flags, "--out", str(again)])
+    assert np.array_equal(calorimeter.load_showers(again, SMALL).voxels, showers.voxels)
+    calodream.main([*flags, "--out", str(again), "--seed", "1"])
+    assert not np.array_equal(calorimeter.load_showers(again, SMALL).voxels, showers.voxels)
+
+
+def test_files_of_the_challenge(tmp_path, scored, monkeypatch):
+    """--data, --test and --binning; without --test the validation rows are scored."""
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("1", 200), ("2", 40)):
+        calorimeter.main(["--set", "small", "--n", str(rows), "--seed", name, "--out", f"{name}.hdf5",
+                          "--binning", "small.xml", "--quiet"])
+    files = "--data", "1.hdf5", "--binning", "small.xml"
+    result = calodream.main([*FLAGS, *files, "--test", "2.hdf5"])
+    real, _, binning, oracle, *_ = scored[0]
+    assert np.array_equal(real.voxels, calorimeter.load_showers("2.hdf5", SMALL).voxels)
+    assert oracle is None and binning.shape == SMALL.shape and result["flags"]["data"] == "1.hdf5"
+    assert calodream.main([*load(Path("runs/calodream-small")), *files])["rows"] == {"train": 180, "test": 20}
+    assert np.isin(scored[1][0].energies, calorimeter.load_showers("1.hdf5", SMALL).energies).all()
+
+
+def test_a_latent_run(tmp_path, scored):
+    result = calodream.main([*FLAGS, "--run", str(tmp_path), "--latent", "--patch", "2", "8", "1"])
+    assert result["flags"]["latent"] and (tmp_path / "autoencoder" / "state.eqx").exists()
+    calodream.main([*load(tmp_path), "--run", str(tmp_path)])
+    first, again = (call[1].voxels for call in scored)
+    assert first.shape == (60, *SMALL.shape) and first.any() and np.array_equal(first, again)
+
+
+def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
+    """A kill in either network."""
+    monkeypatch.setattr(common, "time", tiny.clock())
+    monkeypatch.setattr(calodream, "bespoke", lambda model, *args: model.solver)
+    showers, rows = calorimeter.open_showers(SMALL, 300), np.arange(270)
+    steps, make_step = {}, calodream.make_step
+    once = lambda *args: steps.setdefault(args[2].run.name, make_step(*args))  # traced once, not nine times
+    monkeypatch.setattr(calodream, "make_step", once)
+
+    def run(*flags):
+        args = calodream.parse([*FLAGS, "--epochs", "4", "--energy-epochs", "4", *map(str, flags)])
+        return calodream.train_model(args, make(), showers, rows)[0]
+    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("energy", "shape"))
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, named", [
+    ("--patch 3 8 5", "--patch (3, 8, 5): expected divisors of the calorimeter's (10, 8, 5)"),
+    ("--batch-size 500", "--batch-size 500: there are 270 training rows"),
+    ("--data missing.hdf5", "missing.hdf5: no such file"),
+    ("--data ds2.hdf5", "ds2.hdf5: expected showers of 400 voxels"),
+    ("--data small.xml", "small.xml: expected an HDF5 file"),
+    ("--binning missing.xml", "missing.xml: expected the binning"),
+    ("--binning ds2.hdf5", "ds2.hdf5: expected the binning"),
+    ("--load missing.eqx", "missing.eqx: expected a checkpoint"),
+    ("--load ds2.hdf5", "ds2.hdf5: not a checkpoint"),
+    ("--load model.eqx --set ds2", "model.eqx: made by detector small, expected detector ds2"),
+    ("--load state.eqx", "state.eqx: the state of a run"),
+    ("--load model.eqx --generate missing.csv --out x.hdf5", "missing.csv: expected one energy in MeV"),
+    ("--load model.eqx --generate small.xml --out x.hdf5", "small.xml: expected one energy in MeV"),
+    ("--generate small.xml --out x.hdf5", "--generate needs --load"),
+    ("--energy-epochs 0", "--energy-epochs"), ("--cut -1", "--cut"), ("--patch 2 8", "--patch"),
+])
+def test_bad_input(flags, named, trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained[0] / "model.eqx", ".")
+    shutil.copy(trained[0] / "shape" / "state.eqx", ".")
+    calorimeter.write_binning("small.xml", SMALL)
+    with h5py.File("ds2.hdf5", "w") as file:
+        file["incident_energies"], file["showers"] = np.full((4, 1), 1e4), np.ones((4, 6480))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: calodream.main([*FLAGS, *flags.split()]))
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.index("\n") == len(error) - 1
+    assert named in error and sorted(tmp_path.rglob("*")) == before
