@@ -42,7 +42,7 @@ from common import MLP, Linear, UserError
 
 PATCHES = {"ds2": (3, 16, 3), "ds3": (3, 25, 6), "small": (2, 8, 5)}           # for two CPU cores
 PUBLISHED = {"ds2": (3, 16, 1), "ds3": (3, 5, 2), "small": (2, 8, 1)}          # [CaloDREAM, Table 2]
-LATENT = {"ds2": (3, 1, 1), "ds3": (3, 2, 2), "small": (1, 1, 1)}              # of the latent, with --net paper
+LATENT = {"ds2": (3, 1, 1), "ds3": (3, 2, 2), "small": (1, 1, 1)}              # of the published latent
 ROWS = {"ds2": 60_000, "ds3": 12_000, "small": 20_000}
 SHARED = tuple(name for name in common.FLAGS if name not in ("detector", "cond", "split"))
 
@@ -50,9 +50,10 @@ SHARED = tuple(name for name in common.FLAGS if name not in ("detector", "cond",
 def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "latent", "patch", "energy_epochs"
-    rows = lambda args: None if args.data else ROWS[args.detector]
+    rows = lambda args: None if args.data else ROWS.get(args.detector, 20_000)
     parser = common.parser(__doc__, "calodream", SHARED, own, n=rows, epochs=16, batch_size=128, steps=8)
-    parser.add_argument("--set", "--detector", dest="detector", choices=CALORIMETERS, default="small",
+    parser.add_argument("--set", "--detector", dest="detector", choices=CALORIMETERS,
+                        default=lambda args: getattr(args.binning, "name", "small"),
                         help="calorimeter: CaloChallenge's data set 2 or 3, or a small one (default: small)")
     parser.add_argument("--binning", type=calorimeter.read_binning, metavar="FILE",
                         default=lambda args: CALORIMETERS[args.detector],
@@ -61,8 +62,7 @@ def parse(argv):
     parser.add_argument("--net", choices=("vit", "paper"), default="vit",
                         help="networks for two CPU cores or of the published sizes (default: vit)")
     parser.add_argument("--latent", action="store_true", help="flow in the latent of an autoencoder (laViT)")
-    parser.add_argument("--patch", type=common.number(int, 1), nargs=3, metavar="N",
-                        default=default_patch,
+    parser.add_argument("--patch", type=common.number(int, 1), nargs=3, default=default_patch, metavar="N",
                         help="layers, angular bins and rings of a patch (default: by --set and --net)")
     parser.add_argument("--energy-epochs", type=common.number(int, 1, 10**6), default=20, metavar="N",
                         help="passes over the training rows for the energy network (default: 20)")
@@ -75,6 +75,8 @@ def parse(argv):
 
 def default_patch(args):
     """By --set, --net and --latent."""
+    if args.detector not in PATCHES:
+        raise UserError(f"--patch: needed for the calorimeter {args.detector}, of shape {args.binning.shape}")
     published = LATENT if args.latent else PUBLISHED
     return (published if args.net == "paper" else PATCHES)[args.detector]
 
@@ -169,19 +171,14 @@ def sample_energies(net, e, key):
     return jax.lax.scan(layer, start, jnp.arange(net.layers))[1]
 
 
-def sample_shapes(model, c, key, solver):
-    """Draw the shares (B, Z, A, R) of the voxels in their layers, for conditions c (B, Z + 1)."""
-    x0 = jax.random.normal(key, (len(c), *model.shape.tokens))
-    x = solvers.integrate(lambda x, t: jax.vmap(model.shape, (0, None, 0))(x, t, c), x0, solver)
-    return jax.vmap(model.decode)(x, c)
-
-
 def sample(model, e, key, solver):
     """Draw a shower for each e (B, 1), E_inc as `incident` gives it: voxels (B, Z, A, R) in MeV."""
     energy_key, shape_key = jax.random.split(key)
     keys = jax.random.split(energy_key, len(e))
     u = jax.vmap(partial(sample_energies, model.energy))(e, keys)              # [CaloDREAM, Eq. 4]
-    shares = sample_shapes(model, jnp.concatenate([e, u], axis=1), shape_key, solver)
+    c, x0 = jnp.concatenate([e, u], axis=1), jax.random.normal(shape_key, (len(e), *model.shape.tokens))
+    x = solvers.integrate(lambda x, t: jax.vmap(model.shape, (0, None, 0))(x, t, c), x0, solver)
+    shares = jax.vmap(model.decode)(x, c)                                      # (B, Z, A, R)
     logits = u * model.scales.u_std + model.scales.u_mean
     layers = jax.vmap(layer_energies)(logits, jnp.exp(math.log(1e3) * (1 + e[:, 0])))
     return jax.vmap(to_voxels)(shares, layers)
@@ -226,9 +223,11 @@ def train(net, loss, arrays, rows, plan):
 
 
 def stage(plan, name, **changes):
-    """The plan of one of the networks, with a folder of its own; --resume finishes those that were begun."""
+    """The plan of one of the networks, with a folder of its own; --resume finishes those that were begun, the
+    first one at least."""
     run = plan.run / name
-    return plan._replace(run=run, resume=plan.resume and (run / "state.eqx").exists(), **changes)
+    begun = name == "energy" or (run / "state.eqx").exists()
+    return plan._replace(run=run, resume=plan.resume and begun, **changes)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -507,6 +506,8 @@ def make_model(net, name, shape, patch, latent, key):
         Autoencoder = papers.ShowerAutoencoder if net == "paper" else PatchAutoencoder
         autoencoder = Autoencoder(shape, patch, layers + 1, keys[2])
         shape, patch = autoencoder.latent_shape()
+    if any(size % p for size, p in zip(shape, patch)):
+        raise UserError(f"--patch: expected divisors of the latent's {shape}, not {patch}")
     flow = ViT(shape, patch, layers + 1, keys[1], maps=maps, **sizes)
     standard = (jnp.zeros(flow.tokens), jnp.ones(flow.tokens)) if latent else None
     return CaloDREAM(Transfusion(layers, keys[0], **ENERGY[net]), flow, scales, autoencoder, standard,
@@ -526,10 +527,14 @@ def open_data(args):
     if len(rows[0]) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: there are {len(rows[0])} training rows")
     if args.validate or (args.data and not args.test):
-        return showers, rows, Showers(*(array[np.sort(rows[1])] for array in showers))
-    if args.test:
-        return showers, rows, calorimeter.load_showers(args.test, args.binning)
-    return showers, rows, calorimeter.open_showers(args.binning, args.n // 5, args.seed + 1, args.quiet)
+        test = Showers(*(array[np.sort(rows[1])] for array in showers))
+    elif args.test:
+        test = calorimeter.load_showers(args.test, args.binning)
+    else:
+        test = calorimeter.open_showers(args.binning, max(args.n // 5, 20), args.seed + 1, args.quiet)
+    if len(test.energies) < 20:
+        raise UserError(f"expected at least 20 showers to score, not {len(test.energies)}")
+    return showers, rows, test
 
 
 def train_model(args, model, showers, rows):
@@ -539,7 +544,7 @@ def train_model(args, model, showers, rows):
     u, scales = measure(showers, rows, centred=args.net == "paper")
     e, u = incident(showers.energies), np.array((u - scales.u_mean) / scales.u_std)
     c, found = np.concatenate([e, u], axis=1), {}
-    batch = min(len(rows), ENERGY_BATCH)
+    batch = min(len(rows), ENERGY_BATCH) // args.devices * args.devices
     energy, found["energy"] = train(model.energy, energy_loss, (u, e), rows,
                                     stage(plan, "energy", epochs=args.energy_epochs, batch_size=batch))
     model = eqx.tree_at(lambda m: (m.energy, m.scales), model, (energy, scales))
@@ -595,6 +600,18 @@ def generate_showers(draw, energies, key):
     return Showers(energies, common.in_blocks(draw, key, incident(energies)))
 
 
+def reconstruct(model, showers, key):
+    """Showers encoded to the latent and decoded again, with the energies of their own layers."""
+    def again(voxels, c, key):
+        r = encode(model.autoencoder, voxels, c, key)
+        shares = jax.vmap(model.decode)((r - model.latent[0]) / model.latent[1], c)
+        return jax.vmap(to_voxels)(shares, voxels.sum((2, 3)))
+
+    u = (energy_ratios(showers) - model.scales.u_mean) / model.scales.u_std
+    c = np.concatenate([incident(showers.energies), u], axis=1)
+    return showers._replace(voxels=common.in_blocks(eqx.filter_jit(again), key, showers.voxels, c))
+
+
 def generate_file(args, draw):
     """--generate: write showers of a list of energies in the format of the challenge, all or none."""
     energies, key = calorimeter.read_energies(args.generate), jax.random.key(args.seed)
@@ -621,26 +638,36 @@ def report(args, model, draw, solver, test, rows, found):
     again = None
     if not args.data:
         again = Showers(test.energies, calorimeter.simulate(args.binning, test.energies, 1000 + args.seed))
-    result["scores"] = metrics.evaluate_showers(test, made, args.binning, again, args.cut, args.seed)
-    title = f"{args.detector}, {args.solver}, {len(solver.times)} evaluations, {len(test.energies)} showers"
-    metrics.print_showers(result["scores"], title)
-    result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # Linux: kB
-    metrics.plot_showers(args.run, test, made, args.binning, result["scores"])
+    evaluate = lambda made: metrics.evaluate_showers(test, made, args.binning, again, args.cut, args.seed)
+    if args.latent:
+        result["reconstruction"] = evaluate(reconstruct(model, test, jax.random.key(args.seed)))
+        metrics.print_showers(result["reconstruction"], f"{args.detector}, reconstruction")
+    scores = evaluate(made)
+    metrics.print_showers(scores, f"{args.detector}, {args.solver}, {len(solver.times)} evaluations")
+    metrics.plot_showers(args.run, test, made, args.binning, scores)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024         # kB on Linux
+    result |= {"scores": scores, "peak_memory_mb": memory}
     for log in args.run.rglob("log.jsonl"):
-        plots.plot_training(log.with_name("training.png"), common.read_log(log.parent))
+        if records := common.read_log(log.parent):                             # empty after an early kill
+            plots.plot_training(log.with_name("training.png"), records)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
+
+
+def maker(args):
+    """make(key) of an untrained model. UserError if the patches do not fit."""
+    shape, patch = args.binning.shape, tuple(args.patch)
+    if any(size % p for size, p in zip(shape, patch)) and not (args.latent and args.net == "paper"):
+        raise UserError(f"--patch {patch}: expected divisors of the calorimeter's {shape}")
+    return partial(make_model, args.net, args.detector, shape, patch, args.latent)
 
 
 def main(argv=None):
     """Train (or load), then score or generate. Returns what metrics.json holds."""
     args = parse(argv)
     common.prepare_jax()
-    shape, patch = args.binning.shape, tuple(args.patch)
-    if any(size % p for size, p in zip(shape, patch)) and not (args.latent and args.net == "paper"):
-        raise UserError(f"--patch {patch}: expected divisors of the calorimeter's {shape}")
-    make = partial(make_model, args.net, args.detector, shape, patch, args.latent)
+    make = maker(args)
     if args.load:
         model, found = common.load_model(args.load, make), args.header["scores"]
     if not args.generate:

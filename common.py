@@ -130,6 +130,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         args, header = super().parse_args(args, namespace), None
         args.command = shlex.join(["python", f"{args.script}.py", *words])
+        args.detector = args.detector(args) if callable(args.detector) else args.detector
         if "load" in args:
             self._check(args)
             if args.load:
@@ -146,7 +147,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check(self, args):
         if args.generate and not args.load:
-            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-zn.eqx")
+            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-{args.detector}.eqx")
         if args.generate and not args.out:
             self.error("--generate needs --out")
         if args.load and args.resume:

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 import common
 import metrics
 from benchmarks import tables
+from calorimeter import CALORIMETERS
+from simulator import DETECTORS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = "README.md", "docs/RESULTS.md", "docs/DATA.md"
@@ -35,9 +37,9 @@ def at(path, form=".2f", scale=1):
     return text
 
 
-def beside(path, form=".2f", reference="oracle"):
+def beside(path, form=".2f", reference="oracle", scale=1):
     """The column of a score beside its oracle: "16.51 (17.18)"."""
-    value, other = at(f"{path}.value", form), at(f"{path}.{reference}", form)
+    value, other = at(f"{path}.value", form, scale), at(f"{path}.{reference}", form, scale)
     return lambda row: "-" if value(row) == "-" else f"{value(row)} ({other(row)})"
 
 
@@ -66,8 +68,9 @@ AUC = {"AUC low": at("seen.AUC_low.value", ".3f"), "AUC high": at("seen.AUC_high
 # ------------------------------------------------------------------------------------------------------- rows
 
 def load(root, folder, names):
-    """The JSON files of those names, for both detectors, where they exist."""
-    paths = [root / folder / f"{name}-{detector}.json" for name in names for detector in ("zn", "zp")]
+    """The JSON files of those names, for all detectors, where they exist."""
+    detectors = *DETECTORS, *CALORIMETERS
+    paths = [root / folder / f"{name}-{detector}.json" for name in names for detector in detectors]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     return [result | {"detector": result["detector"].upper()} for result in found]
 
@@ -247,17 +250,45 @@ def removals(root):
 
 # --------------------------------------------------------------------------------------------------- the data
 
+VERDICTS = {True: "in", False: "**out**"}
 CHECK = {"row": key("label"), "published": at("published", ".4g"), "ours": at("ours", ".4g"),
-         "band": key("band"), "": lambda row: {True: "in", False: "**out**", None: "not run"}[row["in"]]}
+         "band": key("band"), "": lambda row: VERDICTS.get(row["in"], "not judged" if row["ours"] else "not run")}
 CHANNELS = {"model": key("label"), "published W": at("published"), **TEST,
             "W, unseen particles": at("unseen.W.value"), "R, unseen": at("unseen.W.R"),
             "fit, s": at("fit_seconds", ".0f")}
 
 
-def check(root):
-    """The simulator beside the published statistics."""
+def check(root, detectors):
+    """A simulator beside the published statistics."""
     return "\n".join(f"**{result['detector']}**\n\n{markdown(CHECK, result['rows'])}"
-                     for result in load(root, tables.RESULTS, ["check"]))
+                     for result in load(root, tables.RESULTS, ["check"])
+                     if result["detector"].lower() in detectors)
+
+
+# ------------------------------------------------------------------------------- showers of the CaloChallenge
+
+SHOWERS = {"model": key("label"), "showers": key("detector"), "AUC u (oracle)": beside("scores.AUC_u", ".3f"),
+           "AUC high": beside("scores.AUC_high", ".3f"), "AUC low": beside("scores.AUC_low", ".3f"),
+           "FPD x 1000": beside("scores.FPD", ".1f", scale=1000), "evaluations": at("evaluations", ".0f"),
+           "ms per shower, batch 100": at("ms_per_response.100", ".1f"),
+           "batch 1": at("ms_per_response.1", ".1f"), "training, min": MINUTES}
+FAMILIES = ("layer energies", "E_tot", "centres", "widths", "sparsity", "radial centres", "radial widths",
+            "voxels", "ring depths")
+SEPARATIONS = {"model": key("label"), "showers": key("detector")}
+SEPARATIONS |= {name: beside(f"scores.separation.{name}", ".2f", scale=1000) for name in FAMILIES}
+SOLVERS = {"solver": key("label"), "evaluations": key("evaluations"),
+           **{name.replace("_", " "): at(name, ".3f") for name in metrics.SHOWER_AUCS},
+           **{f"ms per shower, batch {n}": at(f"ms_per_response.{n}", ".1f") for n in (1, 100)}}
+
+
+def showers(root, columns=SHOWERS, published=True):
+    """The trained models of calodream.py and, as other data, what is published for Geant4."""
+    paths = sorted((root / "weights").glob("calodream*.json"))
+    rows = [json.loads(path.read_text()) for path in paths]
+    rows = [row | {"label": "laViT" if row["flags"]["latent"] else "ViT"} for row in rows]
+    if published:
+        rows += json.loads((root / "benchmarks/published/calochallenge.json").read_text())["models"]
+    return markdown(columns, rows)
 
 
 # -------------------------------------------------------------------------------------------------- documents
@@ -285,7 +316,11 @@ TABLES = {
     "flows": lambda root: tabled(root, "flows", columns=FLOWS, rows=flows),
     "likelihoods": lambda root: markdown(LIKELIHOODS, load(root, tables.RESULTS, ["flows"])),
     "removals": removals,
-    "check": check,
+    "check": partial(check, detectors=DETECTORS),
+    "check-showers": partial(check, detectors=CALORIMETERS),
+    "showers": showers,
+    "separations": partial(showers, columns=SEPARATIONS, published=False),
+    "solvers": lambda root: tabled(root, "solvers", columns=SOLVERS),
     "channels": lambda root: tabled(root, "channels", columns=CHANNELS, rows=lambda result: [
         model | {"label": name} for name, model in result["rows"][0]["models"].items()])}
 

@@ -6,7 +6,8 @@
 A row whose run folder holds the metrics.json of its command is not run again, one that was cut off is
 resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
 GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
-them. `networks`, `tokens` and `flows` compare costs in one process, in which all take turns.
+them. `networks`, `tokens` and `flows` compare costs in one process, in which all take turns; `solvers` is
+Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx.
 """
 import itertools
 import json
@@ -22,12 +23,16 @@ import equinox as eqx
 import jax
 import numpy as np
 
+import calodream
+import calorimeter
 import common
 import data
 import fm
 import iaf
 import metrics
+import solvers as methods
 import vqgan
+from calorimeter import CALORIMETERS
 from simulator import DETECTORS
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +76,9 @@ PUBLISHED = {
 
 
 def tables(detector):
-    """{table: {label: command}} of a detector."""
+    """{table: {label: command}} of a detector or a calorimeter of the CaloChallenge."""
+    if detector in CALORIMETERS:
+        return {"results": {"calodream": "calodream.py", "calodream-latent": "calodream.py --latent"}}
     weights, dpm = f"weights/{{}}-{detector}.eqx", "--solver dpm --steps 14"
     vae, gan = "vae.py --arch {} --variant {} --epochs 3", "gan.py --n 20000"
     plain = "--temperature 1 --top-k 0"
@@ -355,14 +362,63 @@ def channel_scores(test, responses):
     return {"W": metrics.wasserstein(truth, found), "MAE": metrics.mae(truth, found)} | means
 
 
-COMPARISONS = {"networks": networks, "tokens": tokens, "flows": flows}
+# Evaluations of the shape network by solver [CaloDREAM, Fig. 9]
+SOLVED = {"euler": (4, 8, 16, 32, 64), "midpoint": (4, 8, 16, 32, 64), "rk4": (4, 8, 16, 32, 64, 80),
+          "bns": (4, 8, 16), "bns-global": (4, 8, 16)}
+SHOWERS = 5000             # that each solver makes for the first validation rows
+
+
+def solvers(detector, root=ROOT):
+    """AUC and ms per shower of the solvers of calodream.py against evaluations, for a trained model."""
+    path, rows = root / f"weights/calodream-{detector}.eqx", []
+    flags = ["--detector", detector, "--load", str(path), "--validate", "--quiet"]
+    args = calodream.parse(flags)
+    model = common.load_model(path, calodream.maker(args))
+    test = calorimeter.Showers(*(array[:SHOWERS] for array in calodream.open_data(args)[2]))
+    features = metrics.shower_features(test, args.binning)
+    for solver, numbers in SOLVED.items():
+        for number in numbers:
+            steps = number // len(methods.METHODS[solver][0]) if solver in methods.METHODS else number
+            args = calodream.parse([*flags, "--solver", solver, "--steps", str(steps)])
+            draw = eqx.filter_jit(eqx.Partial(calodream.sample, model,
+                                              solver=calodream.choose_solver(args, model)))
+            made = calodream.generate_showers(draw, test.energies, jax.random.key(0))
+            pair = features, metrics.shower_features(made, args.binning)
+            logits = metrics.shower_logits(test, made, pair, 0, metrics.SHOWER_CLASSIFIER)
+            scores = {name: metrics.rank_auc(*pair[::-1]) for name, pair in logits.items()}
+            rows.append({"label": solver, "evaluations": number, **scores,
+                         **common.time_sampler(draw, 1, (1, 100), repeats=3)})
+            print(rows[-1])
+    plot_solvers(root / f"pictures/calodream-{detector}-solvers.png", rows)
+    return {"rows": rows, "showers": len(test.energies)}
+
+
+def plot_solvers(path, rows):
+    """Draw both AUC against the evaluations of each solver."""
+    from matplotlib.figure import Figure                                       # half a second to import
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("AUC_high", "AUC_low")):
+        for solver in SOLVED:
+            points = [(row["evaluations"], row[name]) for row in rows if row["label"] == solver]
+            axis.plot(*zip(*points), marker="o", markersize=4, label=solver)
+        axis.set(xlabel="evaluations", ylabel=name.replace("_", ", "), xscale="log")
+        axis.set_xticks([4, 8, 16, 32, 64], labels=[4, 8, 16, 32, 64])
+        axis.minorticks_off()
+    axis.legend(frameon=False)
+    with common.write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+COMPARISONS = {"networks": networks, "tokens": tokens, "flows": flows, "solvers": solvers}
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     """List the tables, or run one; the exit code is 1 if a row failed."""
-    parser = common.parser(__doc__, "tables", flags=("detector",))
+    parser = common.parser(__doc__, "tables", flags=())
+    parser.add_argument("--detector", choices=(*DETECTORS, *CALORIMETERS), default="zn",
+                        help="detector or calorimeter (default: zn)")
     parser.add_argument("name", nargs="?", choices=(*tables("zn"), *COMPARISONS), help="table to run")
     parser.add_argument("--list", action="store_true", help="list the tables and their commands")
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + XLA_FLAGS
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-LONG = "vqgan", "iaf", "latent_fm", "vae", "fm", "gan", "diffusion", "errors", "common", "data"
+LONG = "vqgan", "iaf", "latent_fm", "vae", "fm", "calodream", "gan", "diffusion", "errors", "common", "data"
 
 
 def pytest_collection_modifyitems(items):
