@@ -147,7 +147,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check(self, args):
         if args.generate and not args.load:
-            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-{args.detector}.eqx")
+            self.error(f"--generate needs --load, such as weights/{args.script}-{args.detector}.eqx")
         if args.generate and not args.out:
             self.error("--generate needs --out")
         if args.load and args.resume:

@@ -281,8 +281,8 @@ SOLVERS = {"solver": key("label"), "evaluations": key("evaluations"),
            **{f"ms per shower, batch {n}": at(f"ms_per_response.{n}", ".1f") for n in (1, 100)}}
 
 
-def showers(root, columns=SHOWERS, published=True):
-    """The trained models of calodream.py and, as other data, what is published for Geant4."""
+def showers(root, columns, published=False):
+    """The trained models of calodream.py and, if `published`, as other data those for Geant4."""
     paths = sorted((root / "weights").glob("calodream*.json"))
     rows = [json.loads(path.read_text()) for path in paths]
     rows = [row | {"label": "laViT" if row["flags"]["latent"] else "ViT"} for row in rows]
@@ -318,8 +318,9 @@ TABLES = {
     "removals": removals,
     "check": partial(check, detectors=DETECTORS),
     "check-showers": partial(check, detectors=CALORIMETERS),
-    "showers": showers,
-    "separations": partial(showers, columns=SEPARATIONS, published=False),
+    "showers": partial(showers, columns=SHOWERS),
+    "showers-published": partial(showers, columns=SHOWERS, published=True),
+    "separations": partial(showers, columns=SEPARATIONS),
     "solvers": lambda root: tabled(root, "solvers", columns=SOLVERS),
     "channels": lambda root: tabled(root, "channels", columns=CHANNELS, rows=lambda result: [
         model | {"label": name} for name, model in result["rows"][0]["models"].items()])}
