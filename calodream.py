@@ -51,7 +51,8 @@ def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "latent", "patch", "energy_epochs"
     rows = lambda args: None if args.data else ROWS.get(args.detector, 20_000)
-    parser = common.parser(__doc__, "calodream", SHARED, own, n=rows, epochs=16, batch_size=128, steps=8)
+    epochs = lambda args: 20 if args.detector == "small" else 10
+    parser = common.parser(__doc__, "calodream", SHARED, own, n=rows, epochs=epochs, batch_size=128, steps=8)
     parser.add_argument("--set", "--detector", dest="detector", choices=CALORIMETERS,
                         default=lambda args: getattr(args.binning, "name", "small"),
                         help="calorimeter: CaloChallenge's data set 2 or 3, or a small one (default: small)")
