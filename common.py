@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         if "load" in args:
             self._check(args)
             if args.load:
-                kept = [name for name in (*self.own, "cond", "n", "split") if name in args]
+                kept = [*self.own, *(name for name in ("cond", "n", "split") if name in args)]
                 header = read_model_header(args.load, args.script, args.detector, kept)
                 vars(args).update({name: header["flags"][name] for name in kept})
         for name, value in sorted(vars(args).items(), key=lambda item: callable(item[1])):  # functions last
@@ -147,7 +147,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check(self, args):
         if args.generate and not args.load:
-            self.error(f"--generate needs --load, such as weights/{args.script}-{args.detector}.eqx")
+            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-*.eqx")
         if args.generate and not args.out:
             self.error("--generate needs --out")
         if args.load and args.resume:

@@ -252,7 +252,8 @@ def removals(root):
 
 VERDICTS = {True: "in", False: "**out**"}
 CHECK = {"row": key("label"), "published": at("published", ".4g"), "ours": at("ours", ".4g"),
-         "band": key("band"), "": lambda row: VERDICTS.get(row["in"], "not judged" if row["ours"] else "not run")}
+         "band": key("band"),
+         "": lambda row: VERDICTS.get(row["in"], "not judged" if row["ours"] else "not run")}
 CHANNELS = {"model": key("label"), "published W": at("published"), **TEST,
             "W, unseen particles": at("unseen.W.value"), "R, unseen": at("unseen.W.R"),
             "fit, s": at("fit_seconds", ".0f")}

@@ -139,7 +139,7 @@ def test_help_states_defaults_and_units(capsys, monkeypatch):
     for name in common.FLAGS:
         assert "--" + name.replace("_", "-") in text
     assert "steps of the sampler (default: zn 11, zp 9)" in text and "random numbers (default: 0)" in text
-    assert "(default: zn runs/fm-zn, zp runs/fm-zp)" in text
+    assert "folder of the run (default: runs/SCRIPT-DETECTOR)" in text
 
 
 def test_a_script_may_have_fewer_flags():
@@ -741,13 +741,10 @@ def test_time_sampler(monkeypatch):
     assert calls == [(4, 3)] * 6                                               # in blocks, as in generating
 
 
-def test_seconds_waits_for_the_end():
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(x @ x), x))
-    x = jnp.eye(150)
-    jax.block_until_ready(slow(x))
-    start = time.perf_counter()
-    jax.block_until_ready(slow(x))
-    assert common.seconds(slow, x) > 0.3 * (time.perf_counter() - start)
+def test_seconds_waits_for_the_end(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    assert common.seconds(lambda x: 2 * x, 21) >= 0 and waited == [42]
 
 
 def test_network_cost():
