@@ -164,7 +164,7 @@ def check_energies(path, energies):
 RADIATION_MM, MOLIERE_MM, CRITICAL_MEV = 4.221, 10.87, 8.233
 Z, F, E_HAT = 72.49, 1 / 2.483, 1 - 0.7042      # effective Z, 1 / F_s, 1 - e^
 
-# Constants of the stand-in, found by a random search over the published statistics of ds2 (benchmarks/check)
+# Constants of the stand-in, found by CMA-ES from the published statistics of ds2 (benchmarks/check.py)
 MODEL = {
     "mean": 0.839,          # E_tot / E_inc, before what leaks out of the cylinder
     "sampling": 0.298,      # its relative width at 1 GeV, which falls with the root of the energy
@@ -220,7 +220,7 @@ def _simulate(rng, calorimeter, energy, m):
     inside = _depth_profile(edges, start, alpha, t_max, share)                 # (N, B, Z)
     reach = np.exp(-edges / step * calorimeter.thickness / 3.4 / m["early_reach"])
     inside[:, 0] -= m["early"] * _gamma(rng, np.full((n, 1), m["early_shape"])) * np.diff(reach)
-    tau, core, tail, p = _radii(energy, edges, start, t_max, alpha, mean_alpha, m)              # (N, B, Z)
+    core, tail, p = _radii(energy, edges, start, t_max, alpha, mean_alpha, m)                   # (N, B, Z)
     ring = p[..., None] * _ring_shares(core, calorimeter)
     ring += (1 - p)[..., None] * _ring_shares(tail, calorimeter)
 
@@ -282,7 +282,7 @@ def _depth_profile(edges, start, alpha, t_max, share, fine=4):
 
 
 def _radii(energy, edges, start, t_max, alpha, mean_alpha, m):
-    """tau, and the radii of core and tail in mm and the share of the core, (N, B, Z) each."""
+    """Radii of core and tail in mm, and the share of the core, (N, B, Z) each."""
     factor = (alpha - 1) / alpha * mean_alpha / (mean_alpha - 1) / t_max
     tau = np.maximum((edges[1:] + edges[:-1]) / 2 - start[..., None], 0) * factor[..., None]
     tau, log_e = np.minimum(tau, 8), np.log(energy)[:, None, None]
@@ -294,7 +294,7 @@ def _radii(energy, edges, start, t_max, alpha, mean_alpha, m):
     q = (0.401 + 0.00187 * Z - tau) / (1.313 - 0.0686 * log_e)
     p = (2.632 - 0.00094 * Z) * np.exp(q - np.exp(q)) + E_HAT * (0.348 - 0.642 * F * np.exp(-(tau - 1)**2))
     scale = m["radii"] * MOLIERE_MM
-    return tau, np.maximum(core, 0.01) * scale, np.maximum(tail, 0.05) * scale, np.clip(p, 0, 1)
+    return np.maximum(core, 0.01) * scale, np.maximum(tail, 0.05) * scale, np.clip(p, 0, 1)
 
 
 def _ring_shares(radius, calorimeter):

@@ -7,10 +7,13 @@ import h5py
 import numpy as np
 import pytest
 
+import calodream
+import calorimeter
 import common
 import data
 
-PATHS = sorted((Path(common.__file__).parent / "weights").glob("*.eqx"))
+WEIGHTS = Path(common.__file__).parent / "weights"
+PATHS = sorted(path for path in WEIGHTS.glob("*.eqx") if not path.stem.startswith("calodream"))
 PARTICLES = 64
 
 
@@ -50,3 +53,15 @@ def test_generate(path, lists, tmp_path, monkeypatch):
     assert made.shape == real.shape and (made > 0).mean() == pytest.approx((real > 0).mean(), rel=0.3)
     assert sums.mean() == pytest.approx(real_sums.mean(), rel=0.3)
     assert np.corrcoef(sums, real_sums)[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("calodream-*.eqx")), ids=lambda path: path.stem)
+def test_showers(path, tmp_path):
+    """Electrons deposit about as much as those of the stand-in, and not all the same."""
+    header, out = common.read_header(path), tmp_path / "showers.hdf5"
+    (tmp_path / "energies.csv").write_text("\n".join(["20000"] * 40))
+    flags = ["--load", str(path), "--generate", str(tmp_path / "energies.csv"), "--out", str(out), "--quiet"]
+    calodream.main(["--set", header["detector"], *flags])
+    showers = calorimeter.load_showers(out, calorimeter.CALORIMETERS[header["detector"]])
+    shares = showers.voxels.sum((1, 2, 3)) / showers.energies
+    assert shares.mean() == pytest.approx(0.785, abs=0.05) and 0.01 < shares.std() < 0.2
