@@ -31,7 +31,6 @@ import calorimeter
 import common
 import metrics
 import papers
-import plots
 import solvers
 from calorimeter import (ALPHA, CALORIMETERS, Showers, energy_ratios, from_patches, incident, layer_energies,
                          layer_shares, logit, to_patches, to_voxels, unlogit)
@@ -136,8 +135,7 @@ class Scales(eqx.Module):
 def measure(showers, rows, centred):
     """logit u (N, Z) of all showers, and the Scales of the given rows. The voxels' logits are `centred`, as
     published; else empty voxels are 0, where a network finds them more easily."""
-    u = np.concatenate([energy_ratios(Showers(*(a[k:k + 4096] for a in showers)))
-                        for k in range(0, len(showers.energies), 4096)])
+    u = energy_ratios(showers)
     logits = jax.jit(jax.vmap(lambda voxels: logit(layer_shares(voxels))))
     sums = np.zeros((2, *showers.voxels.shape[1:]))
     for part in np.array_split(rows, -(-len(rows) // 2048)):
@@ -206,8 +204,9 @@ def make_step(loss, optimiser, plan):
     return step
 
 
+# same as fm.py: train
 def train(net, loss, arrays, rows, plan):
-    """Minimise loss(net, *batch, key) on the given rows of `arrays`: showers or ratios, conditions (N, C).
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`, each (N, ...).
 
     Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
     --seed and the number of the step, so that a run continued with --resume ends in the same numbers.
@@ -628,8 +627,7 @@ def report(args, model, draw, solver, test, rows, found):
     """Time and score the sampler: print the table, draw the pictures, write metrics.json and return it."""
     cost = common.network_cost(model.shape, model.shape.tokens, (), (1 + model.energy.layers,))
     parameters = {name: common.count_parameters(getattr(model, name)) for name in ("energy", "shape")}
-    result = {"script": args.script, "detector": args.detector, "command": args.command,
-              "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
+    result = {**metrics.origin(args),
               "rows": {"train": rows, "test": len(test.energies)}, "parameters": parameters,
               "mflop": cost["mflop"], "solver": args.solver, "evaluations": len(solver.times), **found,
               **common.time_sampler(draw, 1, (1, 100), repeats=3)}
@@ -648,9 +646,7 @@ def report(args, model, draw, solver, test, rows, found):
     metrics.plot_showers(args.run, test, made, args.binning, scores)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024         # kB on Linux
     result |= {"scores": scores, "peak_memory_mb": memory}
-    for log in args.run.rglob("log.jsonl"):
-        if records := common.read_log(log.parent):                             # empty after an early kill
-            plots.plot_training(log.with_name("training.png"), records)
+    metrics.plot_logs(args.run)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result

@@ -831,15 +831,26 @@ def generator(draw, scaler, seed):
     return generate
 
 
+def origin(args):
+    """Where a result comes from, the first entries of metrics.json."""
+    return {"script": args.script, "detector": args.detector, "command": args.command,
+            "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"]}
+
+
+def plot_logs(run):
+    """Draw training.png beside each log in the folder `run` that holds a line: an early kill leaves none."""
+    for log in run.rglob("log.jsonl"):
+        if records := common.read_log(log.parent):
+            plots.plot_training(log.with_name("training.png"), records)
+
+
 def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **result):
     """Time `draw` on batches of `sizes` and score it on data.test_sets: print the tables, draw the pictures,
     write metrics.json into the run folder and return its content. `result`: the script's own entries, among
     them "parameters", "mflop" and "evaluations" per response."""
     tests = data.test_sets(args, dataset, split)
     rows = {"train": len(split.train)} | {name: len(test.pdg) for name, test in tests.items()}
-    result = {"script": args.script, "detector": args.detector, "command": args.command,
-              "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
-              "rows": rows} | result | common.time_sampler(draw, len(scaler.mean), sizes)
+    result = origin(args) | {"rows": rows} | result | common.time_sampler(draw, len(scaler.mean), sizes)
     times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())
     print(f"{result['parameters']} parameters, {result['mflop']:.2f} MFLOP and {result['evaluations']} "
           f"evaluations per response; ms per response: {times}")
@@ -850,8 +861,7 @@ def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **resul
         result["validation"] = quick_scores(args, part, made, f"{len(part.pdg)} validation rows")
     else:
         result |= score_model(args, generate, tests, f"{result['evaluations']} evaluations each")
-    for log in args.run.rglob("log.jsonl"):
-        plots.plot_training(log.with_name("training.png"), common.read_log(log.parent))
+    plot_logs(args.run)
     common.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result

@@ -203,7 +203,7 @@ def make_step(loss, optimiser, plan):
 
 # same as fm.py: train
 def train(net, loss, arrays, rows, plan):
-    """Minimise loss(net, *batch, key) on the given rows of `arrays`: responses (N, H, W), conditions (N, C).
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`, each (N, ...).
 
     Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
     --seed and the number of the step, so that a run continued with --resume ends in the same numbers.
