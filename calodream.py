@@ -32,9 +32,10 @@ import common
 import metrics
 import papers
 import solvers
-from calorimeter import (ALPHA, CALORIMETERS, Showers, energy_ratios, from_patches, incident, layer_energies,
-                         layer_shares, logit, to_patches, to_voxels, unlogit)
+from calorimeter import CALORIMETERS, Showers
 from common import MLP, Linear, UserError
+from preprocessing import (Latent, Logits, Ratios, energy_ratios, from_patches, incident, layer_shares, logit,
+                           measure_latent, measure_logits, measure_ratios, snap, to_patches)
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -50,7 +51,7 @@ def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "latent", "patch", "energy_epochs"
     rows = lambda args: None if args.data else ROWS.get(args.detector, 20_000)
-    epochs = lambda args: 20 if args.detector == "small" else 10
+    epochs = lambda args: 20 if args.detector == "small" else 16
     parser = common.parser(__doc__, "calodream", SHARED, own, n=rows, epochs=epochs, batch_size=128, steps=8)
     parser.add_argument("--set", "--detector", dest="detector", choices=CALORIMETERS,
                         default=lambda args: getattr(args.binning, "name", "small"),
@@ -100,12 +101,12 @@ def energy_loss(net, u, e, key):
     return loss, {"energy": loss}
 
 
-def shape_loss(net, voxels, c, key, prepare):
-    """Loss of voxels (B, Z, A, R), which `prepare` turns into x_1 (B, T, P), and conditions c (B, Z + 1)."""
+def shape_loss(net, voxels, c, key, space):
+    """Loss of voxels (B, Z, A, R), which `space` encodes as x_1 (B, T, P), and conditions c (B, Z + 1)."""
     size, (time_key, noise_key, latent_key) = len(voxels), jax.random.split(key, 3)
-    x1 = jax.vmap(prepare)(voxels, c, jax.random.split(latent_key, size))
+    x1 = jax.vmap(space.encode)(voxels, c, jax.random.split(latent_key, size))
     t = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified: less noise
-    loss = lambda x, c, t, k: flow_loss(lambda x, t: net(x, t, c), x, t, k)
+    loss = lambda x, c, t, k: flow_loss(lambda x, t: net(x, t, c, space.empty()), x, t, k)
     loss = jax.vmap(loss)(x1, c, t, jax.random.split(noise_key, size)).mean()
     return loss, {"shape": loss}
 
@@ -119,34 +120,6 @@ def autoencoder_loss(net, voxels, c, key):
     cross_entropy = optax.sigmoid_binary_cross_entropy(logits, shares).mean()            # [Eq. 12]
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(2 * log_std) - 1 - 2 * log_std)
     return cross_entropy + 1e-6 * kl, {"cross entropy": cross_entropy, "KL": kl}
-
-
-# -------------------------------------------------------------------------------------------- preprocessing
-# [CaloDREAM, 2]; the ratios and shares themselves are in calorimeter.py
-
-class Scales(eqx.Module):
-    """Means and standard deviations on the training rows: of logit u (Z,) and of the voxels' logits."""
-    u_mean: jax.Array
-    u_std: jax.Array
-    mean: jax.Array
-    std: jax.Array
-
-
-def measure(showers, rows, centred):
-    """logit u (N, Z) of all showers, and the Scales of the given rows. The voxels' logits are `centred`, as
-    published; else empty voxels are 0, where a network finds them more easily."""
-    u = energy_ratios(showers)
-    logits = jax.jit(jax.vmap(lambda voxels: logit(layer_shares(voxels))))
-    sums = np.zeros((2, *showers.voxels.shape[1:]))
-    for part in np.array_split(rows, -(-len(rows) // 2048)):
-        x = np.asarray(logits(showers.voxels[part]), np.float64)
-        sums += x.sum(0), (x**2).sum(0)
-    mean, square = sums / len(rows)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    zero = mean if centred else np.full(mean.shape, np.log(ALPHA / (1 - ALPHA)))
-    least = lambda std: np.maximum(std, 1e-3)                                  # always empty voxels have 0
-    scales = u[rows].mean(0), least(u[rows].std(0)), zero, least(std)
-    return u, Scales(*(jnp.asarray(a, jnp.float32) for a in scales))
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -163,7 +136,7 @@ def sample_energies(net, e, key):
     def layer(carry, i):
         before, cache = carry
         context, cache = net.next_context(before, i, memory, cache)            # c_i [CaloDREAM, Eq. 9]
-        u = solvers.integrate(lambda u, t: net.velocity(u, t, context), noise[i], solver)
+        u = snap(solvers.integrate(lambda u, t: net.velocity(u, t, context), noise[i], solver))
         return (u, cache), u
 
     start = jnp.zeros(()), net.empty_cache()
@@ -176,11 +149,8 @@ def sample(model, e, key, solver):
     keys = jax.random.split(energy_key, len(e))
     u = jax.vmap(partial(sample_energies, model.energy))(e, keys)              # [CaloDREAM, Eq. 4]
     c, x0 = jnp.concatenate([e, u], axis=1), jax.random.normal(shape_key, (len(e), *model.shape.tokens))
-    x = solvers.integrate(lambda x, t: jax.vmap(model.shape, (0, None, 0))(x, t, c), x0, solver)
-    shares = jax.vmap(model.decode)(x, c)                                      # (B, Z, A, R)
-    logits = u * model.scales.u_std + model.scales.u_mean
-    layers = jax.vmap(layer_energies)(logits, jnp.exp(math.log(1e3) * (1 + e[:, 0])))
-    return jax.vmap(to_voxels)(shares, layers)
+    x = solvers.integrate(lambda x, t: jax.vmap(model.velocity, (0, None, 0))(x, t, c), x0, solver)
+    return jax.vmap(lambda x, c: model.space.decode(x, c, model.ratios.layers(c)))(x, c)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -379,7 +349,7 @@ class ViTBlock(eqx.Module):
 class ViT(eqx.Module):
     """The shape network: the velocity of patches x (T, P) at t for conditions c (Z + 1,). `maps` = 1 is the
     velocity itself, as published. With 4, which a narrow network needs, the maps predict x_1 and
-    v = (x_1 - x_t) / (1 - t): what is linear in x_t, times the probability that a voxel is lit at all."""
+    v = (x_1 - x_t) / (1 - t): a mean of `empty` (T, P) and of what a lit voxel is, linear in x_t."""
     enter: Linear
     frequencies: jax.Array
     condition: MLP
@@ -407,7 +377,7 @@ class ViT(eqx.Module):
         angles = (places[:, :, None] * self.frequencies).reshape(len(places), -1)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
-    def __call__(self, x, t, c):
+    def __call__(self, x, t, c, empty=None):
         e = self.condition(c) + self.time(time_features(t, 128))
         h = self.enter(x) + self.positions()
         for block in self.blocks:
@@ -417,7 +387,8 @@ class ViT(eqx.Module):
         maps = maps.astype(jnp.float32)
         if maps.shape[1] == 1:
             return maps[:, 0]
-        x1 = (maps[:, 0] + maps[:, 1] * x) * jax.nn.sigmoid(maps[:, 2] + maps[:, 3] * x)
+        lit = jax.nn.sigmoid(maps[:, 2] + maps[:, 3] * x)
+        x1 = empty + (maps[:, 0] + maps[:, 1] * x - empty) * lit
         return (x1 - x) / jnp.maximum(1 - t, 0.05)
 
 
@@ -462,25 +433,16 @@ class PatchAutoencoder(eqx.Module):
 
 
 class CaloDREAM(eqx.Module):
-    """The generative model, with the scales of its inputs, those of the latent if there is one, and the
-    bespoke solver of BNS_STEPS evaluations."""
+    """The generative model, with the bespoke solver of BNS_STEPS evaluations."""
     energy: Transfusion
     shape: ViT
-    scales: Scales
-    autoencoder: eqx.Module | None
-    latent: tuple | None                   # means and standard deviations (T, P)
+    ratios: Ratios
+    space: Logits | Latent
     solver: solvers.Solver
 
-    def decode(self, x, c):
-        """Shares (Z, A, R) of x (T, P), what the flow ends with."""
-        if self.autoencoder is None:
-            x = from_patches(x, self.patch(), self.scales.mean.shape)
-            return unlogit(x * self.scales.std + self.scales.mean)
-        shares = jax.nn.sigmoid(self.autoencoder.decode(x * self.latent[1] + self.latent[0], c))
-        return jnp.where(shares < 1e-6, 0, shares)                             # [CaloDREAM, Eq. 14]
-
-    def patch(self):
-        return tuple(size // n for size, n in zip(self.scales.mean.shape, self.shape.grid))
+    def velocity(self, x, t, c):
+        """Of x (T, P) at t for the condition c (Z + 1,)."""
+        return self.shape(x, t, c, self.space.empty())
 
 
 ENERGY_BATCH = 256         # showers per step of the energy network
@@ -498,26 +460,28 @@ SHAPE = {"vit": dict(width=96, depth=4, heads=4, hidden=192),
 def make_model(net, name, shape, patch, latent, key):
     """An untrained CaloDREAM for showers of `shape`."""
     layers, keys = shape[0], jax.random.split(key, 3)
-    scales = Scales(jnp.zeros(layers), jnp.ones(layers), jnp.zeros(shape), jnp.ones(shape))
-    autoencoder = None
     sizes = SHAPE.get(f"{net} {'latent' if latent else name}", SHAPE[net])
-    maps = 1 if latent or net == "paper" else 4
+    ones = lambda *shape: jnp.ones(shape)
     if latent:
         Autoencoder = papers.ShowerAutoencoder if net == "paper" else PatchAutoencoder
         autoencoder = Autoencoder(shape, patch, layers + 1, keys[2])
-        shape, patch = autoencoder.latent_shape()
-    if any(size % p for size, p in zip(shape, patch)):
-        raise UserError(f"--patch: expected divisors of the latent's {shape}, not {patch}")
-    flow = ViT(shape, patch, layers + 1, keys[1], maps=maps, **sizes)
-    standard = (jnp.zeros(flow.tokens), jnp.ones(flow.tokens)) if latent else None
-    return CaloDREAM(Transfusion(layers, keys[0], **ENERGY[net]), flow, scales, autoencoder, standard,
-                     solvers.runge_kutta("euler", BNS_STEPS))
+        grid, patch = autoencoder.latent_shape()
+        if any(size % p for size, p in zip(grid, patch)):
+            raise UserError(f"--patch: expected divisors of the latent's {grid}, not {patch}")
+    else:
+        grid, space = shape, Logits(ones(*shape), ones(*shape), patch)
+    maps = 1 if latent or net == "paper" else 4
+    flow = ViT(grid, patch, layers + 1, keys[1], maps=maps, **sizes)
+    if latent:
+        space = Latent(autoencoder, ones(*flow.tokens), ones(*flow.tokens))
+    energy, ratios = Transfusion(layers, keys[0], **ENERGY[net]), Ratios(ones(layers), ones(layers))
+    return CaloDREAM(energy, flow, ratios, space, solvers.runge_kutta("euler", BNS_STEPS))
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
-def open_data(args):
-    """Showers to train on with the split of their rows, (train, validation), and the showers to score on."""
+def open_training(args):
+    """Showers to train on, with the split of their rows, (train, validation)."""
     if args.data:
         showers = calorimeter.load_showers(args.data, args.binning, args.n)
     else:
@@ -526,54 +490,49 @@ def open_data(args):
                     [int(0.9 * len(showers.energies))])
     if len(rows[0]) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size}: there are {len(rows[0])} training rows")
+    return showers, rows
+
+
+def open_test(args):
+    """Showers to score on: those of --test, fresh ones of the stand-in, or the validation rows."""
     if args.validate or (args.data and not args.test):
-        test = Showers(*(array[np.sort(rows[1])] for array in showers))
+        showers, (_, rows) = open_training(args)
+        test = Showers(*(array[np.sort(rows)] for array in showers))
     elif args.test:
         test = calorimeter.load_showers(args.test, args.binning)
     else:
         test = calorimeter.open_showers(args.binning, max(args.n // 5, 20), args.seed + 1, args.quiet)
     if len(test.energies) < 20:
         raise UserError(f"expected at least 20 showers to score, not {len(test.energies)}")
-    return showers, rows, test
+    return test
 
 
 def train_model(args, model, showers, rows):
     """Train the networks of an untrained CaloDREAM, one after the other. Returns it and what its checkpoint
     keeps: times, and the error of the autoencoder."""
-    plan = common.plan(args)
-    u, scales = measure(showers, rows, centred=args.net == "paper")
-    e, u = incident(showers.energies), np.array((u - scales.u_mean) / scales.u_std)
-    c, found = np.concatenate([e, u], axis=1), {}
+    plan, found = common.plan(args), {}
+    logits = energy_ratios(showers)
+    ratios = measure_ratios(logits[rows])
+    e, u = incident(showers.energies), np.array(ratios.standardise(logits))
+    c = np.concatenate([e, u], axis=1)
+    arrays = showers.voxels, c
     batch = min(len(rows), ENERGY_BATCH) // args.devices * args.devices
     energy, found["energy"] = train(model.energy, energy_loss, (u, e), rows,
                                     stage(plan, "energy", epochs=args.energy_epochs, batch_size=batch))
-    model = eqx.tree_at(lambda m: (m.energy, m.scales), model, (energy, scales))
     if args.latent:
-        net, found["autoencoder"] = train(model.autoencoder, autoencoder_loss, (showers.voxels, c), rows,
+        net, found["autoencoder"] = train(model.space.autoencoder, autoencoder_loss, arrays, rows,
                                           stage(plan, "autoencoder"))
-        codes = encode(net, showers.voxels[rows[:2048]], c[rows[:2048]], jax.random.key(args.seed))
-        latent = codes.mean(0), jnp.maximum(codes.std(0), 1e-3)
-        model = eqx.tree_at(lambda m: (m.autoencoder, m.latent), model, (net, latent))
-    to_x1 = partial(prepare, model.autoencoder, model.latent, scales, model.patch())
-    loss = partial(shape_loss, prepare=to_x1)
-    net, found["shape"] = train(model.shape, loss, (showers.voxels, c), rows, stage(plan, "shape"))
+        some = rows[:2048]
+        space = measure_latent(net, showers.voxels[some], c[some], jax.random.key(args.seed))
+    else:
+        space = measure_logits(showers.voxels, rows, model.space.patch)
+    model = eqx.tree_at(lambda m: (m.energy, m.ratios, m.space), model, (energy, ratios, space))
+    loss = partial(shape_loss, space=space)
+    net, found["shape"] = train(model.shape, loss, arrays, rows, stage(plan, "shape"))
     model = eqx.tree_at(lambda m: m.shape, model, net)
     model = eqx.tree_at(lambda m: m.solver, model, bespoke(model, BNS_STEPS, "bns", args.seed))
-    return model, found | {"train_seconds": sum(part["train_seconds"] for part in found.values())}
-
-
-@eqx.filter_jit
-def encode(autoencoder, voxels, c, key):
-    """Latents r = mean + std z (B, T, P) of voxels (B, Z, A, R)."""
-    mean, log_std = jax.vmap(autoencoder.encode)(jax.vmap(layer_shares)(voxels), c)
-    return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-
-
-def prepare(autoencoder, latent, scales, patch, voxels, c, key):
-    """x_1 (T, P) of voxels (Z, A, R): standardised logits, or the standardised latent."""
-    if autoencoder is None:
-        return to_patches((logit(layer_shares(voxels)) - scales.mean) / scales.std, patch)
-    return (encode(autoencoder, voxels[None], c[None], key)[0] - latent[0]) / latent[1]
+    seconds = sum(part["train_seconds"] for part in found.values())
+    return model, found | {"train_seconds": seconds, "rows": {"train": len(rows)}}
 
 
 def bespoke(model, steps, how, seed, number=128):
@@ -583,7 +542,7 @@ def bespoke(model, steps, how, seed, number=128):
     draw = eqx.filter_jit(jax.vmap(partial(sample_energies, model.energy)))
     c = jnp.concatenate([e, draw(e, jax.random.split(u_key, number))], axis=1)
     x0 = jax.random.normal(key, (number, *model.shape.tokens))
-    return solvers.fit(jax.vmap(model.shape, (0, None, 0)), x0, c, steps, how)
+    return solvers.fit(jax.vmap(model.velocity, (0, None, 0)), x0, c, steps, how)
 
 
 def choose_solver(args, model):
@@ -602,14 +561,12 @@ def generate_showers(draw, energies, key):
 
 def reconstruct(model, showers, key):
     """Showers encoded to the latent and decoded again, with the energies of their own layers."""
-    def again(voxels, c, key):
-        r = encode(model.autoencoder, voxels, c, key)
-        shares = jax.vmap(model.decode)((r - model.latent[0]) / model.latent[1], c)
-        return jax.vmap(to_voxels)(shares, voxels.sum((2, 3)))
+    def one(voxels, c, key):
+        return model.space.decode(model.space.encode(voxels, c, key), c, voxels.sum((1, 2)))
 
-    u = (energy_ratios(showers) - model.scales.u_mean) / model.scales.u_std
-    c = np.concatenate([incident(showers.energies), u], axis=1)
-    return showers._replace(voxels=common.in_blocks(eqx.filter_jit(again), key, showers.voxels, c))
+    again = eqx.filter_jit(lambda voxels, c, key: jax.vmap(one)(voxels, c, jax.random.split(key, len(c))))
+    c = np.hstack([incident(showers.energies), model.ratios.standardise(energy_ratios(showers))])
+    return showers._replace(voxels=common.in_blocks(again, key, showers.voxels, c))
 
 
 def generate_file(args, draw):
@@ -623,13 +580,13 @@ def generate_file(args, draw):
     return {"rows": len(energies), "out": str(args.out)}
 
 
-def report(args, model, draw, solver, test, rows, found):
+def report(args, model, draw, solver, test, found):
     """Time and score the sampler: print the table, draw the pictures, write metrics.json and return it."""
-    cost = common.network_cost(model.shape, model.shape.tokens, (), (1 + model.energy.layers,))
+    cost = common.network_cost(model.velocity, model.shape.tokens, (), (1 + model.energy.layers,))
     parameters = {name: common.count_parameters(getattr(model, name)) for name in ("energy", "shape")}
-    result = {**metrics.origin(args),
-              "rows": {"train": rows, "test": len(test.energies)}, "parameters": parameters,
-              "mflop": cost["mflop"], "solver": args.solver, "evaluations": len(solver.times), **found,
+    result = {**metrics.origin(args), **found, "rows": found["rows"] | {"test": len(test.energies)},
+              "parameters": parameters, "mflop": cost["mflop"], "solver": args.solver,
+              "evaluations": len(solver.times),
               **common.time_sampler(draw, 1, (1, 100), repeats=3)}
     print(f"{parameters} parameters, {len(solver.times)} evaluations of {cost['mflop']:.1f} MFLOP each; "
           f"ms per shower: {result['ms_per_response']}")
@@ -664,19 +621,18 @@ def main(argv=None):
     """Train (or load), then score or generate. Returns what metrics.json holds."""
     args = parse(argv)
     common.prepare_jax()
-    make = maker(args)
+    make, test = maker(args), None if args.generate else open_test(args)
     if args.load:
         model, found = common.load_model(args.load, make), args.header["scores"]
-    if not args.generate:
-        showers, (rows, _), test = open_data(args)
-    if not args.load:
+    else:
+        showers, (rows, _) = open_training(args)
         model, found = train_model(args, make(common.plan(args).keys[0]), showers, rows)
         model = common.save_model(args.run, args.header, args.binning, found, model)
     solver = choose_solver(args, model)
     draw = eqx.filter_jit(eqx.Partial(sample, model, solver=solver))
     if args.generate:
         return generate_file(args, draw)
-    return report(args, model, draw, solver, test, len(rows), found)
+    return report(args, model, draw, solver, test, found)
 
 
 if __name__ == "__main__":

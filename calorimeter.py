@@ -9,7 +9,6 @@ What it is good for is an oracle: the same electrons again give the ideal value 
     python calorimeter.py --set ds2 --n 100000 --out ds2.hdf5      open showers in the format of the challenge
     python calorimeter.py --set ds3 --n 1000 --out ds3.hdf5 --binning ds3.xml         and their binning file
 """
-import math
 import os
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import h5py
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import common
@@ -52,8 +49,9 @@ def _rings(number, width):
 
 
 # [CaloChallenge]; "small" is ours, the same stack in coarser bins, for tests and a first run
-CALORIMETERS = {"ds2": Calorimeter("ds2", (45, 16, 9), _rings(9, 4.65), 3.4),
-                "ds3": Calorimeter("ds3", (45, 50, 18), _rings(18, 2.325), 3.4),
+LAYER = 3.4                # mm
+CALORIMETERS = {"ds2": Calorimeter("ds2", (45, 16, 9), _rings(9, 4.65), LAYER),
+                "ds3": Calorimeter("ds3", (45, 50, 18), _rings(18, 2.325), LAYER),
                 "small": Calorimeter("small", (10, 8, 5), _rings(5, 8.37), 15.3)}
 
 
@@ -73,7 +71,7 @@ def read_binning(path):
         raise UserError(f"{path}: expected r_edges that rise from 0 and at least one angular bin")
     shape = len(layers), angles, len(edges) - 1
     known = {calorimeter.shape: calorimeter for calorimeter in CALORIMETERS.values()}
-    found = Calorimeter(Path(path).stem, shape, edges, 3.4)
+    found = Calorimeter(Path(path).stem, shape, edges, LAYER)
     return known.get(shape, found)._replace(edges=edges)
 
 
@@ -218,7 +216,7 @@ def _simulate(rng, calorimeter, energy, m):
     edges = step * np.arange(layers + 1)
     share, start, t_max, alpha, mean_alpha = _branches(rng, energy, m)         # (N, B) each
     inside = _depth_profile(edges, start, alpha, t_max, share)                 # (N, B, Z)
-    reach = np.exp(-edges / step * calorimeter.thickness / 3.4 / m["early_reach"])
+    reach = np.exp(-edges / step * calorimeter.thickness / LAYER / m["early_reach"])
     inside[:, 0] -= m["early"] * _gamma(rng, np.full((n, 1), m["early_shape"])) * np.diff(reach)
     core, tail, p = _radii(energy, edges, start, t_max, alpha, mean_alpha, m)                   # (N, B, Z)
     ring = p[..., None] * _ring_shares(core, calorimeter)
@@ -328,10 +326,10 @@ def _spots(rng, expected, size, shape):
 
 def _halo_reach(layers, thickness, m):
     """Shares (Z, Z) of the halo of a layer's energy (row) in the layers (column): exponential both ways."""
-    apart = (np.arange(layers) - np.arange(layers)[:, None]) * thickness / 3.4
+    apart = (np.arange(layers) - np.arange(layers)[:, None]) * thickness / LAYER
     reach = np.where(apart < 0, np.exp(apart / m["upstream"]), np.exp(-apart / m["downstream"]))
-    whole = np.exp(-np.arange(400) * thickness / 3.4 / m["upstream"]).sum()
-    return reach / (whole + np.exp(-np.arange(1, 400) * thickness / 3.4 / m["downstream"]).sum())
+    whole = np.exp(-np.arange(400) * thickness / LAYER / m["upstream"]).sum()
+    return reach / (whole + np.exp(-np.arange(1, 400) * thickness / LAYER / m["downstream"]).sum())
 
 
 def _add_track(rng, voxels, step, sheets, m):
@@ -365,70 +363,6 @@ def simulated_blocks(calorimeter, n, seed=0, quiet=False):
     for k in common.progress(range(0, n, size), f"simulating {calorimeter.name}", quiet):
         part = energies[k:k + size]
         yield Showers(part, simulate(calorimeter, part, (seed << 32) + k))
-
-
-# ------------------------------------------------------------------------------------ showers for networks
-# [CaloDREAM, 2], of one shower, in JAX, except where many are read
-
-FACTOR = 2.85                   # the largest E_tot / E_inc is 2.83, so that u_0 <= 1 [CaloDREAM, Eq. 2]
-ALPHA = 1e-6               # [CaloDREAM, Eq. 3]
-
-
-def logit(x):
-    """log x / (1 - x) of shares x in [0, 1], kept away from both ends."""
-    x = (1 - 2 * ALPHA) * x + ALPHA                                            # [CaloDREAM, Eq. 3]
-    return jnp.log(x) - jnp.log1p(-x)
-
-
-def unlogit(x):
-    """The inverse of `logit`."""
-    return jnp.clip((jax.nn.sigmoid(x) - ALPHA) / (1 - 2 * ALPHA), 0, 1)
-
-
-def energy_ratios(showers):
-    """logit u (N, Z) [CaloDREAM, Eq. 2, 3] of Showers, in float64: a last lit layer has u = 1."""
-    layers = showers.voxels.sum((2, 3), dtype=np.float64)
-    rest = np.cumsum(layers[:, ::-1], axis=1)[:, ::-1]                         # sum over j >= i
-    first = rest[:, :1] / FACTOR / showers.energies[:, None].astype(np.float64)
-    x = np.concatenate([first, layers[:, :-1] / np.maximum(rest[:, :-1], 1e-10)], axis=1)
-    x = ALPHA + (1 - 2 * ALPHA) * np.minimum(x, 1)
-    return np.log(x / (1 - x)).astype(np.float32)
-
-
-def layer_energies(logits, energy):
-    """Energies of the layers (Z,), MeV, from logit u (Z,) and E_inc: the last layer takes the rest."""
-    u, rest = unlogit(logits), unlogit(-logits)                                # rest: 1 - u, also where u ~ 1
-    left = jnp.concatenate([jnp.ones(1), jnp.cumprod(rest[1:])])               # before each layer
-    return FACTOR * energy * u[0] * left * jnp.append(u[1:], 1.0)
-
-
-def layer_shares(voxels):
-    """Voxels (Z, A, R) as shares of the energy of their layer, 0 in an empty one."""
-    return voxels / (voxels.sum((1, 2), keepdims=True) + 1e-10)
-
-
-def to_voxels(shares, layers):
-    """The inverse: each layer is scaled to its energy (Z,), voxels below the threshold are cut off."""
-    shares = jnp.where(shares > 1e-7, shares, 0)
-    voxels = shares * (layers / jnp.maximum(shares.sum((1, 2)), 1e-10))[:, None, None]
-    return jnp.where(voxels < THRESHOLD, 0, voxels)
-
-
-def incident(energies):
-    """E_inc (N,), MeV, as the network sees it, (N, 1): 0 at 1 GeV, 1 at 1 TeV."""
-    return (np.log(energies[:, None]) / math.log(1e3) - 1).astype(np.float32)
-
-
-def to_patches(x, patch):
-    """(Z, A, R) -> (T, P), patches of shape `patch`."""
-    x = x.reshape(*(n for size, p in zip(x.shape, patch) for n in (size // p, p)))  # (z, pz, a, pa, r, pr)
-    return x.transpose(0, 2, 4, 1, 3, 5).reshape(-1, math.prod(patch))
-
-
-def from_patches(x, patch, shape):
-    """The inverse: (T, P) -> (Z, A, R)."""
-    x = x.reshape(*(size // p for size, p in zip(shape, patch)), *patch)       # (z, a, r, pz, pa, pr)
-    return x.transpose(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
 # --------------------------------------------------------------------------------------------------- features

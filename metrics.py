@@ -26,7 +26,8 @@ import common
 import data
 import plots
 import simulator
-from calorimeter import Showers, energy_ratios, features as shower_features, ring_depths
+from calorimeter import Showers, features as shower_features, ring_depths
+from preprocessing import energy_ratios
 
 CHUNK = 2048  # rows converted to float32 at a time: 16 MB
 SHAPES = ("x", "y", "radius", "lit", "peak", "sum")

@@ -14,8 +14,8 @@ import numpy as np
 
 import data
 import metrics
-from calorimeter import from_patches, to_patches
 from common import MLP, Linear, normal, normalise
+from preprocessing import from_patches, to_patches
 
 
 def convolve(x, kernel, stride=1):

@@ -374,7 +374,7 @@ def solvers(detector, root=ROOT):
     flags = ["--detector", detector, "--load", str(path), "--validate", "--quiet"]
     args = calodream.parse(flags)
     model = common.load_model(path, calodream.maker(args))
-    test = calorimeter.Showers(*(array[:SHOWERS] for array in calodream.open_data(args)[2]))
+    test = calorimeter.Showers(*(array[:SHOWERS] for array in calodream.open_test(args)))
     features = metrics.shower_features(test, args.binning)
     for solver, numbers in SOLVED.items():
         for number in numbers:

@@ -581,7 +581,7 @@ def test_the_challenges_classifier_sees_the_inputs_as_they_are(showers, monkeypa
         energies, voxels = (values[rows].reshape(1200, -1) for values in part)
         expected = np.hstack([np.log10(energies), 100 * voxels / energies])
         np.testing.assert_allclose(inputs, expected, rtol=1e-5)
-        expected = np.hstack([np.log10(energies), calorimeter.energy_ratios(part)[rows]])
+        expected = np.hstack([np.log10(energies), metrics.energy_ratios(part)[rows]])
         np.testing.assert_allclose(others, expected, rtol=1e-5)
     assert np.all(np.array(high) == 7)
 
