@@ -21,6 +21,7 @@ import papers
 import preprocessing
 import solvers
 import tiny
+from benchmarks import tables
 from calorimeter import CALORIMETERS, THRESHOLD, Showers
 
 KEY, SMALL = jax.random.key(0), CALORIMETERS["small"]
@@ -411,6 +412,21 @@ def test_a_latent_run(tmp_path, scored):
     rebuilt, first, rebuilt_again, again = (made.voxels for _, made, *_ in scored)
     assert np.array_equal(rebuilt, rebuilt_again) and np.array_equal(first, again) and first.any()
     np.testing.assert_allclose(rebuilt.sum((2, 3)), real.voxels.sum((2, 3)), rtol=1e-3, atol=40 * THRESHOLD)
+
+
+def test_table_of_solvers(trained, scored, tmp_path, monkeypatch):
+    """[CaloDREAM, Fig. 9]: scores and times of each solver, for the model of weights/."""
+    (tmp_path / "weights").mkdir()
+    shutil.copy(trained[0] / "model.eqx", tmp_path / "weights/calodream-small.eqx")
+    monkeypatch.setattr(tables, "SOLVED", {"midpoint": (2,), "bns": (2, 4)})
+    monkeypatch.setattr(tables, "SHOWERS", 25)
+    (tmp_path / "pictures").mkdir()
+    found = tables.solvers("small", tmp_path)
+    assert found["showers"] == 25 and (tmp_path / "pictures/calodream-small-solvers.png").exists()
+    assert [(row["label"], row["evaluations"]) for row in found["rows"]] == [
+        ("midpoint", 2), ("bns", 2), ("bns", 4)]
+    for row in found["rows"]:
+        assert 0 <= row["AUC_high"] <= 1 and 0 <= row["AUC_low"] <= 1 and row["ms_per_response"]
 
 
 def test_batches_of_all_networks_fit_the_devices(tmp_path, scored, monkeypatch):
