@@ -287,6 +287,8 @@ def showers(root, columns, published=False):
     paths = sorted((root / "weights").glob("calodream*.json"))
     rows = [json.loads(path.read_text()) for path in paths]
     rows = [row | {"label": "laViT" if row["flags"]["latent"] else "ViT"} for row in rows]
+    rows += [{"label": "laViT, reconstruction", "detector": row["detector"], "scores": row["reconstruction"]}
+             for row in rows if "reconstruction" in row]
     if published:
         rows += json.loads((root / "benchmarks/published/calochallenge.json").read_text())["models"]
     return markdown(columns, rows)
