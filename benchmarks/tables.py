@@ -78,7 +78,8 @@ PUBLISHED = {
 def tables(detector):
     """{table: {label: command}} of a detector or a calorimeter of the CaloChallenge."""
     if detector in CALORIMETERS:
-        return {"results": {"calodream": "calodream.py", "calodream-latent": "calodream.py --latent --epochs 8"}}
+        return {"results": {"calodream": "calodream.py" + " --epochs 6" * (detector == "ds3"),
+                            "calodream-latent": "calodream.py --latent --epochs 8"}}
     weights, dpm = f"weights/{{}}-{detector}.eqx", "--solver dpm --steps 14"
     vae, gan = "vae.py --arch {} --variant {} --epochs 3", "gan.py --n 20000"
     plain = "--temperature 1 --top-k 0"
@@ -365,7 +366,7 @@ def channel_scores(test, responses):
 # Evaluations of the shape network by solver [CaloDREAM, Fig. 9]
 SOLVED = {"euler": (4, 8, 16, 32), "midpoint": (4, 8, 16, 32), "rk4": (8, 32, 80),
           "bns": (4, 8, 16), "bns-global": (4, 8, 16)}
-SHOWERS = 3000             # that each solver makes for the first validation rows
+SHOWERS = 2500             # that each solver makes for the first validation rows
 
 
 def solvers(detector, root=ROOT):
