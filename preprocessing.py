@@ -158,8 +158,7 @@ def measure_logits(voxels, rows, patch):
     number, sums, squares = sum(np.asarray(moments(voxels[part]), np.float64) for part in parts)
     number = np.maximum(number, 1)
     mean = sums / number
-    std = np.sqrt(np.maximum(squares / number - mean**2, 0))
-    std = np.where(std > 1e-3, std, 1)                                         # a ring that is never lit
+    std = np.sqrt(np.maximum(squares / number - mean**2, 0.25))                # a ring that is hardly lit
     whole = lambda a: jnp.broadcast_to(jnp.asarray(a, jnp.float32)[:, None], voxels.shape[1:])   # over A
     return Logits(whole(mean), whole(std), patch)
 

@@ -135,7 +135,7 @@ def test_measured_logits():
         np.testing.assert_allclose(space.mean[layer, :, ring], lit.mean(), rtol=1e-3)
         np.testing.assert_allclose(space.std[layer, :, ring], lit.std(), rtol=1e-2)
     dark = measure_logits(np.zeros((5, *SMALL.shape), np.float32), np.arange(5), (2, 8, 5))
-    assert np.abs(dark.encode(voxels[0], None, None)).max() < 14
+    assert np.abs(dark.encode(voxels[0], None, None)).max() < 28
 
 
 def test_empty_voxels():
