@@ -283,13 +283,13 @@ SOLVERS = {"solver": key("label"), "evaluations": key("evaluations"),
 
 
 def showers(root, columns, published=False):
-    """The trained models of calodream.py and, if `published`, as other data those for Geant4."""
+    """The trained models of calodream.py; if `published`, reconstructions and those for Geant4 as well."""
     paths = sorted((root / "weights").glob("calodream*.json"))
     rows = [json.loads(path.read_text()) for path in paths]
     rows = [row | {"label": "laViT" if row["flags"]["latent"] else "ViT"} for row in rows]
-    rows += [{"label": "laViT, reconstruction", "detector": row["detector"], "scores": row["reconstruction"]}
-             for row in rows if "reconstruction" in row]
     if published:
+        rows += [{"label": "laViT, reconstruction", "detector": row["detector"],
+                  "scores": row["reconstruction"]} for row in rows if "reconstruction" in row]
         rows += json.loads((root / "benchmarks/published/calochallenge.json").read_text())["models"]
     return markdown(columns, rows)
 
