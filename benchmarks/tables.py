@@ -364,9 +364,8 @@ def channel_scores(test, responses):
 
 
 # Evaluations of the shape network by solver [CaloDREAM, Fig. 9]
-SOLVED = {"bns": (4, 8), "rk4": (8, 16, 40), "midpoint": (4, 8, 16, 32), "euler": (4, 8, 16, 32),
-          "bns-global": (4, 8)}
-SHOWERS = 2000             # that each solver makes for the first validation rows
+SOLVED = {"bns": (4, 8), "rk4": (8, 40), "midpoint": (8, 16), "euler": (8, 32), "bns-global": (4, 8)}
+SHOWERS = 1500             # that each solver makes for the first validation rows
 
 
 def solvers(detector, root=ROOT):
@@ -403,7 +402,7 @@ def plot_solvers(path, rows):
             points = [(row["evaluations"], row[name]) for row in rows if row["label"] == solver]
             axis.plot(*zip(*points), marker="o", markersize=4, label=solver)
         axis.set(xlabel="evaluations", ylabel=name.replace("_", ", "), xscale="log")
-        axis.set_xticks([4, 8, 16, 32], labels=[4, 8, 16, 32])
+        axis.set_xticks([4, 8, 16, 32, 40], labels=[4, 8, 16, 32, 40])
         axis.minorticks_off()
     axis.legend(frameon=False)
     with common.write_atomic(path) as temporary:
