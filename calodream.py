@@ -538,6 +538,7 @@ def train_model(args, model, showers, rows):
 def bespoke(model, steps, how, seed, number=128):
     """A bespoke Solver, fitted on electrons of random energies: no data are needed."""
     energy_key, u_key, key = jax.random.split(jax.random.key(seed), 3)
+    number = min(number, max(16, 10**6 // math.prod(model.shape.tokens)))      # of a million voxels at most
     e = jax.random.uniform(energy_key, (number, 1))
     draw = eqx.filter_jit(jax.vmap(partial(sample_energies, model.energy)))
     c = jnp.concatenate([e, draw(e, jax.random.split(u_key, number))], axis=1)
