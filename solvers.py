@@ -134,7 +134,8 @@ def fit(v, x0, c, steps, how, batch=32):
     run = eqx.filter_jit(lambda x0, c: trajectories(lambda x, t: v(x, t, c), x0))
     parts = [run(x0[k:k + batch], c[k:k + batch]) for k in range(0, len(c), batch)]
     xs, vs = (jnp.concatenate(part, axis=1) for part in zip(*parts))           # (points, M, ...)
-    solver = descend(lambda theta: local_fit(theta, xs, vs), jnp.full(steps, 1 / steps), 200, 0.1 / steps)
+    # as arguments: XLA would fold constants of their size for minutes
+    solver = descend(local_fit, jnp.full(steps, 1 / steps), 200, 0.1 / steps, lambda k: (xs, vs))
     if how == "bns":
         return solver
     theta = jnp.diff(jnp.append(solver.times, 1.0))
