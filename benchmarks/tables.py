@@ -364,7 +364,7 @@ def channel_scores(test, responses):
 
 
 # Evaluations of the shape network by solver [CaloDREAM, Fig. 9]
-SOLVED = {"bns": (4, 8), "rk4": (8, 40), "midpoint": (8, 16), "euler": (8, 32), "bns-global": (4, 8)}
+SOLVED = {"bns": (4, 8), "rk4": (8, 40), "midpoint": (8, 16), "euler": (8, 32), "bns-global": (4,)}
 SHOWERS = 1500             # that each solver makes for the first validation rows
 
 
