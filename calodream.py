@@ -461,7 +461,6 @@ def make_model(net, name, shape, patch, latent, key):
     """An untrained CaloDREAM for showers of `shape`."""
     layers, keys = shape[0], jax.random.split(key, 3)
     sizes = SHAPE.get(f"{net} {'latent' if latent else name}", SHAPE[net])
-    ones = lambda *shape: jnp.ones(shape)
     if latent:
         Autoencoder = papers.ShowerAutoencoder if net == "paper" else PatchAutoencoder
         autoencoder = Autoencoder(shape, patch, layers + 1, keys[2])
@@ -469,12 +468,12 @@ def make_model(net, name, shape, patch, latent, key):
         if any(size % p for size, p in zip(grid, patch)):
             raise UserError(f"--patch: expected divisors of the latent's {grid}, not {patch}")
     else:
-        grid, space = shape, Logits(ones(*shape), ones(*shape), patch)
+        grid, space = shape, Logits(jnp.zeros(shape), jnp.ones(shape), patch)
     maps = 1 if latent or net == "paper" else 4
     flow = ViT(grid, patch, layers + 1, keys[1], maps=maps, **sizes)
     if latent:
-        space = Latent(autoencoder, ones(*flow.tokens), ones(*flow.tokens))
-    energy, ratios = Transfusion(layers, keys[0], **ENERGY[net]), Ratios(ones(layers), ones(layers))
+        space = Latent(autoencoder, jnp.zeros(flow.tokens), jnp.ones(flow.tokens))
+    energy, ratios = Transfusion(layers, keys[0], **ENERGY[net]), Ratios(jnp.zeros(layers), jnp.ones(layers))
     return CaloDREAM(energy, flow, ratios, space, solvers.runge_kutta("euler", BNS_STEPS))
 
 

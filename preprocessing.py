@@ -102,7 +102,8 @@ class Ratios(eqx.Module):
     def layers(self, c):
         """Energies of the layers (Z,), MeV, of a condition c (Z + 1,): E_inc as `incident` gives it, and
         standardised ratios."""
-        logits = jnp.where(jnp.abs(c[1:]) > 4.5, 100 * jnp.sign(c[1:]), c[1:] * self.std + self.mean)
+        x = snap(c[1:])
+        logits = jnp.where(jnp.abs(x) == 5, 100 * jnp.sign(x), x * self.std + self.mean)
         return layer_energies(logits, jnp.exp(math.log(1e3) * (1 + c[0])))
 
 

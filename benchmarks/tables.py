@@ -78,8 +78,8 @@ PUBLISHED = {
 def tables(detector):
     """{table: {label: command}} of a detector or a calorimeter of the CaloChallenge."""
     if detector in CALORIMETERS:
-        return {"results": {"calodream": "calodream.py" + " --epochs 6" * (detector == "ds3"),
-                            "calodream-latent": "calodream.py --latent --epochs 8"}}
+        whole = "calodream.py --epochs 6" if detector == "ds3" else "calodream.py"
+        return {"results": {"calodream": whole, "calodream-latent": "calodream.py --latent --epochs 8"}}
     weights, dpm = f"weights/{{}}-{detector}.eqx", "--solver dpm --steps 14"
     vae, gan = "vae.py --arch {} --variant {} --epochs 3", "gan.py --n 20000"
     plain = "--temperature 1 --top-k 0"
