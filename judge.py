@@ -1,109 +1,168 @@
-"""The judge: boosted trees that tell generated responses from simulated ones by what a response looks like.
+"""The judge: classifiers that tell generated responses from simulated ones. An AUC of 0.5 means that a response
+could as well come from another run of the simulator.
 
-Each response becomes 33 numbers, such as its channels, its moments, how many fibres hold one photon or have a
-lit neighbour, and the light around the largest fibre; the particle is conditioned on by 14 more. An AUC of 0.5
-is a response that cannot be told apart from another run of the simulator. Trees are the stronger judge of such
-numbers, and of pictures at these sizes (docs/RESULTS.md); which column gives a model away is what `explain`
-finds.
+The high-level one sees what a response looks like, 33 numbers such as its channels, how many fibres hold one
+photon or have a lit neighbour, and the light around the brightest fibre, beside the particle's conditions. It
+is a gradient boosting of trees (scikit-learn's), which finds more than networks do at these sizes, on these
+numbers or on pictures; `explain` says by which numbers. The low-level one, a dense network, sees the picture.
 """
-from typing import NamedTuple
-
+import equinox as eqx
+import jax
 import numpy as np
-from sklearn.ensemble import HistGradientBoostingClassifier
+import optax
 
-import data
-import metrics
-
-LARGEST = 12               # fibres, the largest in order
-NAMES = (*(f"channel {k}" for k in range(5)), "photon sum", "lit fibres", "fibres of one photon",
-         "fibres of two photons", "centre x", "centre y", "radius squared", "spread xx", "spread xy",
-         *(f"largest fibre {k + 1}" for k in range(LARGEST)), "largest fibre x", "largest fibre y",
-         "light in 3 x 3", "light in 7 x 7", "lit pairs along x", "lit pairs along y", "local maxima")
-CONDITIONS = tuple(f"particle {name}" for name in (
-    "E", "vx", "vy", "vz", "px", "py", "pz", "mass", "charge", "log E", "charge / E", "x", "y", "bent x"))
-SETTINGS = dict(rows=40_000, max_iter=300, learning_rate=0.08)                 # rows of each kind
-SUMS = {"below 30 photons": (0, 30), "30 to 300": (30, 300), "above 300": (300, np.inf)}
-
-
-def columns(responses):
-    """The numbers NAMES of responses (N, H, W), float32 (N, 33). Places and moments are in fibres from the
-    middle of the matrix; a local maximum holds more than two photons and no less than its eight neighbours."""
-    blocks = (responses[k:k + metrics.CHUNK] for k in range(0, len(responses), metrics.CHUNK))
-    return np.concatenate([_columns(block.astype(np.float32)) for block in blocks])
+CHUNK = 2048               # rows measured at a time: 8 MB
+LARGEST = 12               # the brightest fibres, in order
+DETAILS = ("ones", "twos", "spread xx", "spread xy", *(f"fibre {k}" for k in range(2, LARGEST + 1)),
+           "brightest x", "brightest y", "light in 3 x 3", "light in 7 x 7", "lit pairs along x",
+           "lit pairs along y", "local maxima")
+TREES = dict(rows=40_000, max_iter=300, learning_rate=0.08)          # rows of one class at most
+# Three hidden layers as CaloChallenge's of 2048 (arXiv 2410.21611), scaled to a CPU
+NETWORK = dict(rows=20_000, width=256, depth=3, epochs=10, batch=500, learning_rate=3e-4)
+FEW = 50                   # rows of a class: of fewer no AUC is given
+SUMS = {"below 30 photons": (0, 30), "30 to 300 photons": (30, 300), "above 300 photons": (300, np.inf)}
+ADAM = optax.scale_by_adam()
 
 
-def _columns(x):
-    """One block, x (N, H, W)."""
+# ------------------------------------------------------------------------------------ what a response looks like
+
+def details(responses):
+    """The numbers DETAILS of responses (N, H, W) of photon counts, float32 (N, 22): how many fibres hold one
+    photon and two, second moments about the centre of light, the brightest fibres but for the first, place of
+    the first (in fibres, from the middle), the light around it, pairs of lit fibres that share an edge, and
+    fibres with more than two photons and no brighter one among the eight around them."""
+    blocks = (responses[k:k + CHUNK] for k in range(0, len(responses), CHUNK))
+    return np.concatenate([_details(block) for block in blocks])
+
+
+def _details(x):
+    """One block x (N, H, W). Only the lit fibres, a twentieth, are looked at: their row, place and count."""
     n, height, width = x.shape
-    flat, lit = x.reshape(n, -1), x > 0
-    i, j = (axis - (size - 1) / 2 for axis, size in zip(np.indices((height, width)), (height, width)))
-    moments = np.stack([i, j, i * i + j * j, i * i, i * j], axis=-1).reshape(-1, 5).astype(np.float32)
-    channels, total = metrics.channels(x), flat.sum(1)
-    mean = flat @ moments / np.maximum(total, 1e-9)[:, None]
-    centre = mean[:, :2]
-    spread = mean[:, 2:] - np.column_stack([(centre**2).sum(1), centre[:, 0]**2, centre.prod(1)])
-    largest = -np.sort(-np.partition(flat, -LARGEST, axis=1)[:, -LARGEST:], axis=1)
-    place = np.column_stack(np.unravel_index(flat.argmax(1), (height, width)))
-    around = np.pad(x, [(0, 0), (1, 1), (1, 1)])
-    shifted = [around[:, a:a + height, b:b + width] for a in range(3) for b in range(3)]
-    maxima = (x > 2) & (x >= np.max(shifted, axis=0))
-    pairs = [(lit[:, 1:] & lit[:, :-1]).sum((1, 2)), (lit[:, :, 1:] & lit[:, :, :-1]).sum((1, 2))]
+    middle = (height - 1) / 2, (width - 1) / 2
+    lit = np.flatnonzero(x.reshape(-1) != 0)                                   # (L,)
+    row, place = np.divmod(lit, height * width)
+    i, j = np.divmod(place, width)
+    count = x.reshape(-1)[lit].astype(np.float64)
+    around = np.pad(x, [(0, 0), (3, 3), (3, 3)])
+    total = lambda values: np.bincount(row, values, n)                         # over the fibres of each response
+
+    def at(a, b):
+        """The fibre (a, b) away from each lit one, (L,)."""
+        return around[row, i + 3 + a, j + 3 + b]
+
+    light = np.maximum(total(count), 1e-9)
+    u, v = i - middle[0], j - middle[1]
+    mean_u, mean_v = total(count * u) / light, total(count * v) / light
+    xx, xy = total(count * u**2) / light - mean_u**2, total(count * u * v) / light - mean_u * mean_v
+    best = x.reshape(n, -1).argmax(axis=1)
+    best_i, best_j = np.divmod(best, width)
+    window = lambda reach: sum(around[np.arange(n), best_i + 3 + a, best_j + 3 + b].astype(np.float64)
+                               for a in range(-reach, reach + 1) for b in range(-reach, reach + 1))
+    beside = [at(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+    maximum = (count > 2) & (count >= np.max(beside, axis=0))
     return np.column_stack([
-        channels, total, lit.sum((1, 2)), (x == 1).sum((1, 2)), (x == 2).sum((1, 2)), centre, spread, largest,
-        place - np.array([(height - 1) / 2, (width - 1) / 2]), _light_around(x, place, 1),
-        _light_around(x, place, 3), *pairs, maxima.sum((1, 2))]).astype(np.float32)
+        total(count == 1), total(count == 2), xx, xy, brightest(row, count, n), best_i - middle[0],
+        best_j - middle[1], window(1), window(3), total(at(1, 0) > 0), total(at(0, 1) > 0),
+        total(maximum)]).astype(np.float32)
 
 
-def _light_around(x, place, reach):
-    """Light (N,) of x (N, H, W) within `reach` fibres of the place (N, 2) along both axes."""
-    around = np.pad(x, [(0, 0), (reach, reach), (reach, reach)])
-    rows, steps = np.arange(len(x)), range(2 * reach + 1)
-    return sum(around[rows, place[:, 0] + a, place[:, 1] + b] for a in steps for b in steps)
+def brightest(row, count, n):
+    """The second largest to the LARGEST-th count of each of n rows, 0 where there are fewer, (n, LARGEST - 1):
+    of counts (L,) with their rows (L,), in order."""
+    number = np.bincount(row, minlength=n)
+    first = np.cumsum(number) - number
+    ordered = np.append(count[np.lexsort((-count, row))], 0)
+    rank = np.arange(1, LARGEST)
+    return ordered[np.where(rank < number[:, None], first[:, None] + rank, len(count))]
 
 
-class Verdict(NamedTuple):
-    """A trained judge and its test rows: columns (T, F) and log odds (T,) of real and of generated ones, and
-    the numbers (T,) of their rows."""
-    model: HistGradientBoostingClassifier
-    columns: tuple
-    logits: tuple
-    rows: np.ndarray
+# ------------------------------------------------------------------------------------------------ classifiers
+
+def rank_auc(positive, negative):
+    """Area under the ROC curve: probability that a positive (N,) is above a negative (M,), ties one half."""
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(below.mean() / (2 * len(ordered)))
 
 
-def train(real, generated, conditions, seed=0):
-    """The Verdict on columns (N, 33) whose rows match, with conditions (N, C): 70 % of at most
-    SETTINGS["rows"] random row numbers train and the rest test, so that no pair stands on two sides."""
-    rows = np.random.default_rng(seed).permutation(len(real))[:SETTINGS["rows"]]
+def high_level(real, generated, sums, charge, names, seed=0):
+    """Scores of boosted trees on real and generated features (N, F) named `names`, whose rows match: "AUC",
+    "groups" by photon sums, a pair of (N,), and charge (N,), and "columns" of `explain`. Of at most
+    TREES["rows"] random row numbers 70 % train and the rest test, so that no pair stands on two sides."""
+    from sklearn.ensemble import HistGradientBoostingClassifier                # a second to import
+    from threadpoolctl import threadpool_limits
+    rows = np.random.default_rng(seed).permutation(len(real))[:TREES["rows"]]
     fit, test = np.split(rows, [len(rows) * 7 // 10])
-    table = lambda part, rows: np.column_stack([part[rows], conditions[rows]])
-    model = HistGradientBoostingClassifier(max_iter=SETTINGS["max_iter"], early_stopping=False,
-                                           learning_rate=SETTINGS["learning_rate"], random_state=seed)
-    model.fit(np.concatenate([table(real, fit), table(generated, fit)]), np.repeat([0, 1], len(fit)))
-    tables = table(real, test), table(generated, test)
-    return Verdict(model, tables, tuple(model.decision_function(x) for x in tables), test)
+    settings = {name: value for name, value in TREES.items() if name != "rows"}
+    model = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=seed)
+    with threadpool_limits(1):  # threads that wait for each other at every node take minutes on a busy machine
+        model.fit(np.concatenate([real[fit], generated[fit]]), np.repeat([0, 1], len(fit)))
+        logits = [model.decision_function(part[test]) for part in (real, generated)]
+        columns = explain(model.decision_function, real[test], generated[test], names, seed)
+    groups = grouped_aucs(logits, [part[test] for part in sums], charge[test])
+    return {"AUC": rank_auc(*logits[::-1]), "groups": groups, "columns": columns}
 
 
-def aucs(verdict, charge):
-    """{"all", each of SUMS, "charged", "neutral": AUC} of a Verdict, for charges (N,) of all rows. A response
-    belongs to a range of photon sums by its own sum; None for fewer than 50 of a kind."""
-    total = NAMES.index("photon sum")
-    charged = charge[verdict.rows] != 0
-    chosen = {"all": [np.full(len(charged), True)] * 2, "charged": [charged] * 2, "neutral": [~charged] * 2}
-    for name, (low, high) in SUMS.items():
-        chosen[name] = [(x[:, total] >= low) & (x[:, total] < high) for x in verdict.columns]
-    found = {name: [logits[rows] for logits, rows in zip(verdict.logits, pair)] for name, pair in chosen.items()}
-    return {name: metrics.rank_auc(generated, real) if min(len(real), len(generated)) >= 50 else None
+def grouped_aucs(logits, sums, charge):
+    """AUC of logits, pairs of real and generated (T,), for each of SUMS by the photon sum (T,) of a response,
+    for charged and for neutral particles by charge (T,); None where a class has fewer than FEW rows."""
+    groups = {name: [(low <= part) & (part < high) for part in sums] for name, (low, high) in SUMS.items()}
+    groups |= {"charged": [charge != 0] * 2, "neutral": [charge == 0] * 2}
+    found = {name: [part[rows] for part, rows in zip(logits, pair)] for name, pair in groups.items()}
+    return {name: rank_auc(generated, real) if min(len(real), len(generated)) >= FEW else None
             for name, (real, generated) in found.items()}
 
 
-def explain(verdict, seed=0):
-    """{column: loss of AUC when its values are shuffled among the test rows}, the largest first."""
-    rng, size = np.random.default_rng(seed), len(verdict.rows)
-    table = np.concatenate(verdict.columns)
-    whole, losses = metrics.rank_auc(*verdict.logits[::-1]), {}
-    for k, name in enumerate((*NAMES, *CONDITIONS)):
+def explain(score, real, generated, names, seed=0):
+    """{name: loss of AUC when this column is shuffled among the rows} of test rows (T, F)."""
+    table, rng = np.concatenate([real, generated]), np.random.default_rng(seed)
+
+    def auc(x):
+        logits = score(x)
+        return rank_auc(logits[len(real):], logits[:len(real)])
+
+    whole, losses = auc(table), {}
+    for k, name in enumerate(names):
         shuffled = table.copy()
         shuffled[:, k] = rng.permutation(table[:, k])
-        logits = verdict.model.decision_function(shuffled)
-        losses[name] = whole - metrics.rank_auc(logits[size:], logits[:size])
-    return dict(sorted(losses.items(), key=lambda item: -item[1]))
+        losses[name] = whole - auc(shuffled)
+    return losses
+
+
+@eqx.filter_jit
+def _train_step(model, state, x, y, rate):
+    """One Adam step on the cross entropy of a batch x (B, F), y (B,)."""
+    gradient = eqx.filter_grad(lambda m: optax.sigmoid_binary_cross_entropy(jax.vmap(m)(x), y).mean())(model)
+    updates, state = ADAM.update(gradient, state)
+    return eqx.apply_updates(model, jax.tree.map(lambda u: -rate * u, updates)), state
+
+
+def network_logits(real, generated, seed=0, settings=NETWORK):
+    """Logits (T,) of real and (T,) of generated test rows, by a dense network that separates generated from
+    real features (N, F), rows matching: 60 / 20 / 20 % of the row numbers train, choose the epoch and test,
+    so that no pair stands on two sides."""
+    rng = np.random.default_rng(seed)
+    parts = np.split(rng.permutation(len(real)), [len(real) * 6 // 10, len(real) * 8 // 10])
+    train, validation, test = (np.concatenate([part, part + len(real)]) for part in parts)
+    x, y = np.concatenate([real, generated], dtype=np.float32), np.repeat(np.float32([0, 1]), len(real))
+    model = eqx.nn.MLP(x.shape[1], "scalar", settings["width"], settings["depth"], jax.nn.leaky_relu,
+                       key=jax.random.key(seed))
+    state = ADAM.init(eqx.filter(model, eqx.is_array))
+    size, best = min(settings["batch"], len(train)), np.inf
+    for _ in range(settings["epochs"]):
+        for rows in rng.permutation(train)[:len(train) // size * size].reshape(-1, size):
+            model, state = _train_step(model, state, x[rows], y[rows], settings["learning_rate"])
+        found = np.asarray(jax.vmap(model)(x[validation]))
+        loss = optax.sigmoid_binary_cross_entropy(found, y[validation]).mean()
+        if settings.get("challenge"):
+            loss = np.mean((found > 0) != y[validation])
+        if loss < best:
+            best, logits = loss, np.asarray(jax.vmap(model)(x[test]))
+    return np.split(logits, 2)
+
+
+def standardise(features, reference, floor=0.0):
+    """Features (N, F) by mean and standard deviation (at least `floor`; 1 where it is 0) of `reference`,
+    float32."""
+    scale = np.maximum(reference.std(axis=0), floor)
+    return ((features - reference.mean(axis=0)) / np.where(scale > 0, scale, 1)).astype(np.float32)

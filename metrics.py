@@ -7,8 +7,8 @@ responses, w^ (N, 5) those of the generated ones, n_k the number of rows of the 
 generations are scored one by one: a value is the mean of their scores, a spread their standard deviation (the
 "average of five runs" of [FM], not its code's one histogram of five pooled runs). Every score stands beside
 its oracle, the same score of the simulator run again, and R = value / oracle; without an oracle beside its
-floor, the score of one half of the real responses against the other, paired by particle. The section on
-calorimeter showers scores the Showers of calorimeter.py.
+floor, the score of one half of the real responses against the other, paired by particle. The classifiers
+behind the AUC are in judge.py; the scores of calorimeter showers in shower_metrics.py.
 """
 import itertools
 from collections import Counter, defaultdict
@@ -17,22 +17,19 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
-import optax
 
 import common
 import data
+import judge
 import plots
 import simulator
-from calorimeter import Showers, features as shower_features, ring_depths
-from preprocessing import energy_ratios
 
 CHUNK = 2048  # rows converted to float32 at a time: 16 MB
 SHAPES = ("x", "y", "radius", "lit", "peak", "sum")
 CONDITIONAL = ("MAE_c", "MAE_cw", "MAE_cond", "dispersion", "JaccErr")
-AUCS = ("AUC_low", "AUC_high")
+AUCS = ("AUC_high", "AUC_low")  # the stronger one first
 SCORES = ("W", "MAE", "RMSE", *CONDITIONAL, *map("shape_{}".format, SHAPES), "spectrum", *AUCS, "FPD", "KPD")
 NEIGHBOURS = ((0, 1), (0, 2), (1, 3), (2, 3))  # quadrants that share an edge; the common channel spans all
 TAU = 1e-6  # photons; keeps 0 / 0 out of the dispersion, arXiv 2608.12795 gives no value
@@ -41,24 +38,23 @@ LARGEST = 65535  # pixel values above are counted as this one (what a file can h
 BOOTSTRAPS = 1000
 GENERATIONS = 5  # of the test set, as in the papers
 FLOORS = 2  # random pairings that the floor averages
-# The same for every model, far smaller than CaloChallenge's 3 x 2048 (arXiv 2410.21611); rows of one class.
-CLASSIFIER = dict(rows=10_000, width=64, depth=2, epochs=10, batch=500, learning_rate=1e-3, trainings=5)
-# Showers have hundreds of features and thousands of voxels: a wider network, which overfits sooner.
-SHOWER_CLASSIFIER = CLASSIFIER | dict(width=256, epochs=8, batch=250, learning_rate=3e-4, trainings=3)
-# CaloChallenge's own takes its inputs as they are and chooses the epoch by accuracy; for a GPU.
-CHALLENGE = dict(rows=100_000, width=2048, depth=3, epochs=50, batch=1000, learning_rate=2e-4, trainings=10,
-                 challenge=True)
-ADAM = optax.scale_by_adam()
+TRAININGS = 2  # of each classifier, on the first generations
+# Columns of the high-level classifier, FPD and KPD; and conditions of the classifiers
+COLUMNS = (*(f"channel {k}" for k in range(5)), *SHAPES, *judge.DETAILS)
+CONDITIONS = ("E", "vx", "vy", "vz", "px", "py", "pz", "mass", "charge", "log E", "charge / E", "impact x",
+              "impact y", "bent impact x")
 
 
 # ------------------------------------------------------------------- what is measured on one set of responses
 
 class Sample(NamedTuple):
     """Responses (N, H, W) with channels (N, 5) in photons, shapes (N, 6) in the order SHAPES (fibres and
-    photons), and spectrum (K,), the number of pixels that hold 0, 1, 2, ... photons."""
+    photons), details (N, 22) of judge.py, and spectrum (K,), the number of pixels that hold 0, 1, 2, ...
+    photons."""
     responses: np.ndarray
     channels: np.ndarray
     shapes: np.ndarray
+    details: np.ndarray
     spectrum: np.ndarray
 
 
@@ -120,13 +116,19 @@ def summarise(responses, convention="papers"):
     centre, square = np.split(sums[:, 5:] / np.maximum(total, 1e-9)[:, None], [2], axis=1)
     radius = np.sqrt(np.maximum(square[:, 0] - (centre**2).sum(axis=1), 0))
     shapes = np.column_stack([centre, radius, lit, peak, total])
-    return Sample(responses, sums[:, :5].astype(np.float32), shapes, counts)
+    return Sample(responses, sums[:, :5].astype(np.float32), shapes, judge.details(responses), counts)
 
 
 def take(sample, rows):
     """The Sample of some of its rows (M,)."""
     responses = sample.responses[rows]
-    return Sample(responses, sample.channels[rows], sample.shapes[rows], pixel_counts(responses))
+    parts = (part[rows] for part in (sample.channels, sample.shapes, sample.details))
+    return Sample(responses, *parts, pixel_counts(responses))
+
+
+def features(sample):
+    """All COLUMNS (N, 33) of a Sample: the features of FPD, KPD and the high-level AUC."""
+    return np.concatenate([sample.channels, sample.shapes, sample.details], axis=1)
 
 
 # -------------------------------------------------------------------------------------------- marginal scores
@@ -384,81 +386,6 @@ def kpd(real, generated, batches=10, size=5000, seed=42):
     return float(middle), float((high - low) / 2)
 
 
-# ------------------------------------------------------------------------------------------------- classifier
-
-def rank_auc(positive, negative):
-    """Area under the ROC curve: probability that a positive (N,) is above a negative (M,), ties one half."""
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
-    return float(below.mean() / (2 * len(ordered)))
-
-
-@eqx.filter_jit
-def _train_step(model, state, x, y, rate):
-    """One Adam step on the cross entropy of a batch x (B, F), y (B,)."""
-    gradient = eqx.filter_grad(lambda m: optax.sigmoid_binary_cross_entropy(jax.vmap(m)(x), y).mean())(model)
-    updates, state = ADAM.update(gradient, state)
-    return eqx.apply_updates(model, jax.tree.map(lambda u: -rate * u, updates)), state
-
-
-def classifier_logits(real, generated, seed=0, settings=CLASSIFIER):
-    """Logits (T,) of real and (T,) of generated test rows, by a dense network that separates generated from
-    real features (N, F), rows matching: 60 / 20 / 20 % of the row numbers train, choose the epoch and test,
-    so that no pair stands on two sides."""
-    rng = np.random.default_rng(seed)
-    parts = np.split(rng.permutation(len(real)), [len(real) * 6 // 10, len(real) * 8 // 10])
-    train, validation, test = (np.concatenate([part, part + len(real)]) for part in parts)
-    x, y = np.concatenate([real, generated], dtype=np.float32), np.repeat(np.float32([0, 1]), len(real))
-    model = eqx.nn.MLP(x.shape[1], "scalar", settings["width"], settings["depth"], jax.nn.leaky_relu,
-                       key=jax.random.key(seed))
-    state = ADAM.init(eqx.filter(model, eqx.is_array))
-    size, best = min(settings["batch"], len(train)), np.inf
-    for _ in range(settings["epochs"]):
-        for rows in rng.permutation(train)[:len(train) // size * size].reshape(-1, size):
-            model, state = _train_step(model, state, x[rows], y[rows], settings["learning_rate"])
-        found = np.asarray(jax.vmap(model)(x[validation]))
-        loss = optax.sigmoid_binary_cross_entropy(found, y[validation]).mean()
-        if settings.get("challenge"):
-            loss = np.mean((found > 0) != y[validation])
-        if loss < best:
-            best, logits = loss, np.asarray(jax.vmap(model)(x[test]))
-    return np.split(logits, 2)
-
-
-def classifier_auc(real, generated, seed=0, settings=CLASSIFIER):
-    """AUC of classifier_logits: 0.5 where real and generated cannot be separated; nan below 10 rows."""
-    if len(real) < 10:
-        return np.nan
-    logits, generated_logits = classifier_logits(real, generated, seed, settings)
-    return rank_auc(generated_logits, logits)
-
-
-def standardise(features, reference, floor=0.0):
-    """Features (N, F) by mean and standard deviation (at least `floor`; 1 where it is 0) of `reference`,
-    float32."""
-    scale = np.maximum(reference.std(axis=0), floor)
-    return ((features - reference.mean(axis=0)) / np.where(scale > 0, scale, 1)).astype(np.float32)
-
-
-def high_level(sample):
-    """Channels and shapes, (N, 11): the features of FPD, KPD and the high-level AUC."""
-    return np.concatenate([sample.channels, sample.shapes], axis=1)
-
-
-def auc_scores(real, generated, particles, seed=0):
-    """(low, high) level AUC of one training on at most CLASSIFIER["rows"] random rows of two Samples of the
-    particles (N, 9). Features: log1p of the pixels, or sign(f) log1p|f| of high_level, with the particle."""
-    rows = np.random.default_rng(seed).permutation(len(particles))[:CLASSIFIER["rows"]]
-    chosen = particles[rows].astype(np.float64)
-    condition = standardise(chosen, chosen)
-    pixels = [np.log1p(s.responses[rows].reshape(len(rows), -1), dtype=np.float32) for s in (real, generated)]
-    low = classifier_auc(*(np.concatenate([p, condition], axis=1) for p in pixels), seed=seed)
-    features = [high_level(sample)[rows] for sample in (real, generated)]
-    features = [np.sign(f) * np.log1p(np.abs(f)) for f in features]
-    scaled = [standardise(f, features[0]) for f in features]
-    return low, classifier_auc(*(np.concatenate([f, condition], axis=1) for f in scaled), seed=seed)
-
-
 # ---------------------------------------------------------------------------------------- everything together
 
 def pair_rows(ids, seed=0):
@@ -475,7 +402,7 @@ def pair_scores(real, generated, ids, pdg, seed):
     """(scores, terms) of two Samples whose rows match: floats by name, with the errors of FPD and KPD, and
     the terms (U,) of each conditional score."""
     w, other = real.channels, generated.channels
-    features = high_level(real), high_level(generated)
+    pair = features(real), features(generated)
     terms = dict.fromkeys(("MAE_c", "MAE_cw", "MAE_cond"), mae_particles(w, other, ids))
     terms |= {"dispersion": dispersion(w, other, ids, pdg), "JaccErr": jaccard_error(w, other, ids)}
     scores = {"W": wasserstein(w, other), "MAE": mae(w, other)}
@@ -483,8 +410,8 @@ def pair_scores(real, generated, ids, pdg, seed):
     scores |= {name: weighted_mean(terms[name], particle_weights(ids, name)) for name in CONDITIONAL}
     scores |= {f"shape_{name}": value for name, value in shower_shape(real.shapes, generated.shapes).items()}
     scores["spectrum"] = spectrum(real.spectrum, generated.spectrum)
-    scores["FPD"], scores["FPD_error"] = fpd(*features, seed=seed)
-    scores["KPD"], scores["KPD_error"] = kpd(*features, seed=seed)
+    scores["FPD"], scores["FPD_error"] = fpd(*pair, seed=seed)
+    scores["KPD"], scores["KPD_error"] = kpd(*pair, seed=seed)
     return scores, terms
 
 
@@ -510,32 +437,56 @@ def floor_pair(sample, ids, seed):
     return take(sample, a), take(sample, b), a
 
 
-def compare(pairs, particles, pdg, ids, codes, classifier, seed):
+def compare(pairs, pdg, ids, codes, seed):
     """Scores of pairs (real Sample, generated Sample, row numbers), as lists by (section, name): sections
-    "scores", "terms", "marginals" and each code. `pairs` are functions that make one each, called in two
-    threads. The trainings of the classifier are spread over the pairs, with their own rows and weights."""
-    found = defaultdict(list)
+    "scores", "terms", "marginals" and each code; and the first TRAININGS pairs. `pairs` are functions that
+    make one each, called in two threads."""
+    found, kept = defaultdict(list), {}
 
     def score(k, pair):
         real, generated, rows = pair()
         if not len(rows):
-            return {}, []
+            return {}
+        if k < TRAININGS:
+            kept[k] = real, generated, rows
         row_ids = np.unique(ids[rows], return_inverse=True)[1]
         scores, terms = pair_scores(real, generated, row_ids, pdg[rows], seed + k)
         sections = {"scores": scores, "terms": terms, "marginals": marginals(generated)}
-        trainings = range(k, CLASSIFIER["trainings"] if classifier else 0, len(pairs))
-        aucs = [auc_scores(real, generated, particles[rows], seed + training) for training in trainings]
-        return sections | type_scores(real, generated, pdg[rows], codes), aucs
+        return sections | type_scores(real, generated, pdg[rows], codes)
 
-    with ThreadPoolExecutor(2) as pool:  # NumPy and JAX let go of the interpreter in all that takes long
-        for sections, aucs in pool.map(score, itertools.count(), pairs):
+    with ThreadPoolExecutor(2) as pool:  # NumPy lets go of the interpreter in all that takes long
+        for sections in pool.map(score, itertools.count(), pairs):
             for section, values in sections.items():
                 for name, value in values.items():
                     found[section, name].append(value)
-            for values in aucs:
-                for name, value in zip(AUCS, values):
-                    found["scores", name].append(value)
-    return found
+    return found, [kept[k] for k in sorted(kept)]
+
+
+def judge_pair(real, generated, particles, seed):
+    """Scores of both classifiers on two Samples of the particles (N, 9): AUCS, and "groups" and "columns" of
+    the high-level one."""
+    conditions = data.conditions(particles, data.fit_conditions(particles, "physics"))
+    tables = [np.concatenate([features(sample), conditions], axis=1) for sample in (real, generated)]
+    sums = [sample.shapes[:, SHAPES.index("sum")] for sample in (real, generated)]
+    names = *COLUMNS, *(f"particle's {name}" for name in CONDITIONS)
+    high = judge.high_level(*tables, sums, particles[:, 8], names, seed)
+    rows = np.random.default_rng(seed).permutation(len(particles))[:judge.NETWORK["rows"]]
+    pictures = [np.log1p(sample.responses[rows].reshape(len(rows), -1), dtype=np.float32)
+                for sample in (real, generated)]
+    pictures = [np.concatenate([picture, conditions[rows]], axis=1) for picture in pictures]
+    logits, other = judge.network_logits(*pictures, seed)
+    scores = {"AUC_high": high["AUC"], "AUC_low": judge.rank_auc(other, logits)}
+    return {"scores": scores, "groups": high["groups"], "columns": high["columns"]}
+
+
+def judge_pairs(pairs, found, particles, seed):
+    """Add what judge_pair finds on the first pairs of `compare` to the lists in `found`."""
+    pairs = [(real, generated, particles[rows]) for real, generated, rows in pairs if len(rows) >= 10]
+    with ThreadPoolExecutor(2) as pool:
+        for sections in pool.map(lambda pair, number: judge_pair(*pair, number), pairs, itertools.count(seed)):
+            for section, values in sections.items():
+                for name, value in values.items():
+                    found[section, name] += [] if value is None else [value]
 
 
 def cell(values, references, label, smallest=0.0):
@@ -563,7 +514,8 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
 
     particles (N, 9) and pdg (N,) are those of the rows; `oracle`: such a list from the simulator. Returns a
     dict that JSON can hold: {"W": {"value", "spread", "oracle", "R"}, ...} for SCORES, "marginals", "types"
-    (those above 1 % of the rows), and what was compared. Without an oracle "floor" stands in its place and R
+    (those above 1 % of the rows), "groups", the high-level AUC by photon sum and charge, "columns", what
+    shuffling each costs that AUC, and what was compared. Without an oracle "floor" stands in its place and R
     is None. CONDITIONAL scores have an "interval", a bootstrap over particles, FPD and KPD their own "error".
 
     R is None for AUC, whose ideal is 0.5 and not 0, and for FPD and KPD where their oracle does not exceed
@@ -574,11 +526,14 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     ids = data.unique_particles(particles)[0]
     codes = [code for code, rows in Counter(pdg.tolist()).most_common() if rows > 0.01 * len(pdg)]
     sample, every_row = summarise(real, convention), np.arange(len(real))
-    shared = dict(particles=particles, pdg=pdg, ids=ids, codes=codes, classifier=classifier, seed=seed)
-    pairs = lambda responses: [lambda r=r: (sample, summarise(r, convention), every_row) for r in responses]
+    shared = dict(pdg=pdg, ids=ids, codes=codes, seed=seed)
+    pairs = lambda sets: [lambda r=r: (sample, summarise(r, convention), every_row) for r in sets]
     floors = [partial(floor_pair, sample, ids, seed + k) for k in range(FLOORS)]
-    found = compare(pairs(generations), **shared)
-    reference = compare(pairs(oracle) if oracle else floors, **shared)
+    pairs = pairs(generations), pairs(oracle) if oracle else floors
+    (found, first), (reference, again) = (compare(each, **shared) for each in pairs)
+    if classifier:
+        judge_pairs(first, found, particles, seed)
+        judge_pairs(again, reference, particles, seed)
 
     def scored(section, name, smallest=0.0):
         return cell(found[section, name], reference[section, name], label, smallest)
@@ -597,9 +552,15 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
     result["types"] = {simulator.PDG_NAMES.get(code, str(code)): {
         "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
         "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
+    if classifier:
+        groups = *judge.SUMS, "charged", "neutral"
+        result["groups"] = {name: scored("groups", name, np.inf) for name in groups if found["groups", name]}
+        columns = {name: np.mean(losses) for (section, name), losses in found.items() if section == "columns"}
+        result["columns"] = common.plain(dict(sorted(columns.items(), key=lambda item: -item[1])))
+        result["classifier"] = {"AUC_high": judge.TREES, "AUC_low": judge.NETWORK, "trainings": TRAININGS}
     return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations),
                      "convention": convention, "fpd_samples": list(fpd_sizes(len(real))),
-                     "kpd_samples": min(5000, len(real)), "classifier": CLASSIFIER if classifier else None}
+                     "kpd_samples": min(5000, len(real))}
 
 
 def score_line(name, cell, note=""):
@@ -623,14 +584,14 @@ def sample_notes(scores):
             "KPD": f"samples of {size} rows" + " (jetnet: 5000)" * (size != 5000)}
 
 
-def print_classifier(scores):
-    """Print the settings of the classifier, if there was one."""
-    if scores["classifier"]:
-        print("classifier:", ", ".join(f"{name} {value}" for name, value in scores["classifier"].items()))
+def print_settings(name, settings):
+    """Print the settings of a classifier."""
+    print(f"{name}:", ", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
-def print_table(scores, title):
-    """Print the result of evaluate, with the interval or the size of the samples beside a score."""
+def print_table(scores, title, explain=False):
+    """Print the result of evaluate, with the interval or the size of the samples beside a score. Last come the
+    columns whose shuffling costs the high-level classifier most, with `explain` all of them."""
     line, notes = lambda *words: print(score_line(*words)), sample_notes(scores)
     print(title + ": {rows} rows, {particles} particles, generations: {generations}".format(**scores))
     print_header(scores["W"], "[68 % over particles]")
@@ -642,7 +603,13 @@ def print_table(scores, title):
     for name, cells in scores["types"].items():
         line(f"W {name}", cells["W"], f"{cells['rows']} rows, {cells['particles']} particles")
         line(f"MAE {name}", cells["MAE"])
-    print_classifier(scores)
+    if "classifier" in scores:
+        for name, cell in scores["groups"].items():
+            line(f"AUC {name}", cell)
+        worst = itertools.islice(scores["columns"].items(), len(scores["columns"]) if explain else 5)
+        print("seen by AUC_high:", ", ".join(f"{name} {loss:.3f}" for name, loss in worst))
+        for name in AUCS:
+            print_settings(name, scores["classifier"][name])
 
 
 def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_conditions=None):
@@ -663,160 +630,6 @@ def lookup(train_particles, test_particles, seed=0, train_conditions=None, test_
     start = np.cumsum(counts) - counts
     draws = np.random.default_rng(seed).random(len(test))
     return np.argsort(train, kind="stable")[start[test] + (draws * counts[test]).astype(int)]
-
-
-# ---------------------------------------------------------------------------------------- calorimeter showers
-# Showers whose incident energies match row by row, scored as in the CaloChallenge (arXiv 2410.21611).
-
-SHOWER_AUCS = ("AUC_low", "AUC_high", "AUC_u")
-
-
-def shower_columns(showers, features):
-    """What histograms compare, {family: columns (N, K)}, from Showers and their features. Energies are log10
-    of MeV; the voxels are the lit ones (L, 1) of all showers, the empty ones are in the sparsity."""
-    layers = showers.voxels.shape[1]
-    parts = np.split(features, np.cumsum([1, *[layers] * 5, 1, layers, layers]), axis=1)
-    incident, energy, eta, phi, width_eta, width_phi, total, empty, radius, width = parts
-    return {"layer energies": energy, "E_tot": 10**(total - incident), "centres": np.hstack([eta, phi]),
-            "widths": np.hstack([width_eta, width_phi]), "sparsity": empty, "radial centres": radius,
-            "radial widths": width, "voxels": np.log10(showers.voxels[showers.voxels > 0])[:, None],
-            "ring depths": ring_depths(showers.voxels)}
-
-
-def shower_bins(family, column):
-    """Edges of the histogram of a real column (N,); those of E_tot and the sparsity are the challenge's."""
-    if family in ("layer energies", "voxels"):
-        return np.linspace(-2, np.max(column, initial=-1), 101)
-    margin = 0.05 * np.ptp(column) + 1e-6
-    edges = {"E_tot": (0.5, 1.5, 101), "sparsity": (0, 1, 21)}
-    return np.linspace(*edges.get(family, (column.min() - margin, column.max() + margin, 101)))
-
-
-def separation(real, made):
-    """{family: separation power} of two shower_columns, mean over the columns of a family; what lies beyond
-    the bins counts into the outer ones."""
-    def power(family, *pair):
-        bins = shower_bins(family, pair[0])
-        return spectrum(*(np.histogram(np.clip(column, bins[0], bins[-1]), bins)[0] for column in pair))
-
-    return {family: np.mean([power(family, *pair) for pair in zip(real[family].T, made[family].T)])
-            for family in real}
-
-
-def shower_logits(real, made, features, seed, settings):
-    """{score: logits of the real and of the generated test rows} of one training for each of SHOWER_AUCS, on
-    at most settings["rows"] random rows of two Showers and their features."""
-    rows = np.random.default_rng(seed).permutation(len(real.energies))[:settings["rows"]]
-
-    def low_level(showers):
-        """log10 E_inc and the voxels in % of E_inc."""
-        energies = showers.energies[rows, None]
-        return np.hstack([np.log10(energies), showers.voxels[rows].reshape(len(rows), -1) * (100 / energies)])
-
-    def ratios(showers):
-        return np.hstack([np.log10(showers.energies[:, None]), energy_ratios(showers)])[rows]
-
-    def train(inputs, floor=0.0):
-        if not settings.get("challenge"):
-            inputs = [standardise(x, inputs[0], floor) for x in inputs]
-        return classifier_logits(*inputs, seed, settings)
-
-    # Without the floor, 0.3 % of E_inc, voxels that are rarely lit rule the low-level inputs
-    return {"AUC_low": train([low_level(showers) for showers in (real, made)], floor=0.3),
-            "AUC_high": train([values[rows] for values in features]),
-            "AUC_u": train([ratios(showers) for showers in (real, made)])}
-
-
-def shower_scores(real, made, calorimeter, seed, settings):
-    """Scores of two Showers, lists by name: SHOWER_AUCS of every training, FPD, KPD and their errors; dicts
-    of "separation" and "weights": log10 w over the test rows of AUC_low as histograms [CaloDREAM, Eq. 21]."""
-    features = [shower_features(showers, calorimeter) for showers in (real, made)]
-    found = {"separation": separation(*map(shower_columns, (real, made), features))}
-    batches = 20 if settings.get("challenge") else 5  # of FPD: a quarter of jetnet's time
-    for name, distance in (("FPD", partial(fpd, batches=batches)), ("KPD", kpd)):
-        found[name], found[f"{name}_error"] = ([value] for value in distance(*features, seed=seed))
-    seeds = range(seed, seed + settings["trainings"])
-    trainings = [shower_logits(real, made, features, number, settings) for number in seeds]
-    for name in SHOWER_AUCS:
-        found[name] = [rank_auc(generated, logits) for logits, generated in (run[name] for run in trainings)]
-    found["weights"] = {"log10_w": np.linspace(-2, 2, 61)}
-    for name, logits in zip(("real", "generated"), zip(*(run["AUC_low"] for run in trainings))):
-        log_w = np.clip(np.concatenate(logits) / -np.log(10), -2, 2)  # w = p_data / p_model = e^-logit
-        found["weights"][name] = np.histogram(log_w, found["weights"]["log10_w"])[0] / len(log_w)
-    return found
-
-
-def cut_showers(showers, cut):
-    """Showers whose voxels of at most `cut` MeV are empty [CaloDREAM, Eq. 20]."""
-    return showers._replace(voxels=np.where(showers.voxels > cut, showers.voxels, 0)) if cut else showers
-
-
-def evaluate_showers(real, made, calorimeter, oracle=None, cut=0.0, seed=0, challenge=False):
-    """Every score of the generated Showers `made` against `real`; `oracle` is the stand-in run again, without
-    it the "floor" is one half of the real ones against the other. Voxels of at most `cut` MeV count as empty.
-
-    Returns a dict that JSON can hold: {"AUC_low": {"value", "spread", "oracle", "R"}, ...}, the spread over
-    the trainings of the classifier (SHOWER_CLASSIFIER or, with `challenge`, the published one), "FPD" and
-    "KPD" with their "error", "separation" by family, "weights", and what was compared.
-    """
-    rows, settings = len(real.energies), CHALLENGE if challenge else SHOWER_CLASSIFIER
-    for showers in filter(None, (made, oracle)):
-        if not np.array_equal(showers.energies, real.energies) or showers.voxels.shape != real.voxels.shape:
-            raise common.UserError("expected showers of the same incident energies row by row")
-    if rows < 20:
-        raise common.UserError(f"expected at least 20 showers to score, not {rows}")
-    real, made = cut_showers(real, cut), cut_showers(made, cut)
-    label, pair = "oracle", (real, oracle and cut_showers(oracle, cut))
-    if oracle is None:
-        halves = slice(rows // 2), slice(rows // 2, rows // 2 * 2)
-        label, pair = "floor", [Showers(real.energies[half], real.voxels[half]) for half in halves]
-    found = shower_scores(real, made, calorimeter, seed, settings)
-    reference = shower_scores(*pair, calorimeter, seed, settings)
-    result = {name: cell(found[name], reference[name], label, np.inf) for name in SHOWER_AUCS}
-    for name in ("FPD", "KPD"):
-        result[name] = cell(found[name], reference[name], label, reference[f"{name}_error"][0])
-        result[name]["error"] = found[f"{name}_error"][0]
-    result["separation"] = {family: cell([value], [reference["separation"][family]], label)
-                            for family, value in found["separation"].items()}
-    return common.plain(result | {
-        "weights": found["weights"], "rows": rows, "cut": cut, "fpd_samples": fpd_sizes(rows),
-        "kpd_samples": min(5000, rows), "classifier": settings})
-
-
-def print_showers(scores, title):
-    """Print the result of evaluate_showers."""
-    cut = f", voxels above {scores['cut']:g} MeV" if scores["cut"] else ""
-    print(f"{title}: {scores['rows']} showers{cut}")
-    print_header(scores["AUC_low"])
-    notes = sample_notes(scores)
-    for name in (*SHOWER_AUCS, "FPD", "KPD"):
-        print(score_line(name, scores[name], notes.get(name, "")))
-    for family, power in scores["separation"].items():
-        print(score_line(family, power, "separation power"))
-    print_classifier(scores)
-
-
-def plot_showers(folder, real, made, calorimeter, scores):
-    """Draw sheet.png, histograms as in [CaloDREAM, Fig. 5] with the weights of `scores`, and showers.png."""
-    columns = [shower_columns(showers, shower_features(showers, calorimeter)) for showers in (real, made)]
-    layers, _, rings = calorimeter.shape
-    middle = layers // 4
-    shown = [("layer energies", layer, rf"$\log_{{10}} E_{{{layer}}}$ / MeV")
-             for layer in (layers // 9, middle, 3 * layers // 4)]
-    shown += [("E_tot", 0, r"$E_{tot}$ / $E_{inc}$"), ("voxels", 0, r"$\log_{10} E_{voxel}$ / MeV"),
-              ("sparsity", middle, f"sparsity of layer {middle}")]
-    shown += [(family, middle, f"{text} of layer {middle} / 100 mm") for family, text in
-              (("centres", r"mean $\eta$"), ("widths", "width"), ("radial centres", "mean r"))]
-    shown += [("ring depths", ring, f"mean layer of ring {ring}") for ring in (0, 2 * rings // 3)]
-    panels = {}
-    for family, k, label in shown:
-        pair = [part[family][:, k] for part in columns]
-        panels[label] = (*pair, shower_bins(family, pair[0])[::2])
-    plots.plot_sheet(folder / "sheet.png", panels, scores["weights"])
-    rows = np.argsort(real.energies)[[len(real.energies) * k // 20 for k in (2, 8, 14, 19)]]
-    titles = [f"{energy / 1000:.3g} GeV" for energy in real.energies[rows]]
-    examples = {"data": real.voxels[rows], "model": made.voxels[rows]}
-    plots.plot_showers(folder / "showers.png", examples, titles, calorimeter)
 
 
 # ------------------------------------------------------------------------------------- a model and its scores
@@ -956,6 +769,8 @@ def main(argv=None):
     parser.add_argument("--convention", choices=("papers", "o2"), default="papers",
                         help="which fibres feed the common channel: odd ones (papers) or even ones (o2)")
     parser.add_argument("--no-classifier", action="store_true", help="leave the AUC out")
+    parser.add_argument("--explain", action="store_true",
+                        help="print all columns of the high-level classifier by what shuffling costs its AUC")
     args = parser.parse_args(argv)
     real = data.load(args.real, args.detector)
     others = {path: data.load(path, args.detector) for path in args.generated + args.oracle}
@@ -966,7 +781,7 @@ def main(argv=None):
     generations, oracle = ([others[p].responses for p in paths] for paths in (args.generated, args.oracle))
     scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier,
                       args.seed, args.convention)
-    print_table(scores, f"{', '.join(args.generated)} against {args.real}")
+    print_table(scores, f"{', '.join(args.generated)} against {args.real}", args.explain)
     if args.json:
         compared = {"real": args.real, "generated": args.generated, "detector": args.detector}
         common.write_json(args.json, compared | {"versions": common.versions()} | scores)
