@@ -14,7 +14,7 @@ solver whose steps are fitted to it, at a fifth of the evaluations (Eq. 15 to 17
     python calodream.py --data dataset_2_1.hdf5 --test dataset_2_2.hdf5 --binning binning_dataset_2.xml
     python calodream.py --set ds2 --load weights/calodream-ds2.eqx --generate energies.csv --out showers.hdf5
 
-Prints the trainings, then the scores of metrics.py beside their oracle; ends with `written: runs/...`.
+Prints the trainings, then the scores of shower_metrics.py beside their oracle; ends with `written: runs/...`.
 """
 import math
 import resource
@@ -30,6 +30,7 @@ import optax
 import calorimeter
 import common
 import metrics
+import shower_metrics
 import papers
 import solvers
 from calorimeter import CALORIMETERS, Showers
@@ -594,13 +595,13 @@ def report(args, model, draw, solver, test, found):
     again = None
     if not args.data:
         again = Showers(test.energies, calorimeter.simulate(args.binning, test.energies, 1000 + args.seed))
-    evaluate = lambda made: metrics.evaluate_showers(test, made, args.binning, again, args.cut, args.seed)
+    evaluate = lambda made: shower_metrics.evaluate(test, made, args.binning, again, args.cut, args.seed)
     if args.latent:
         result["reconstruction"] = evaluate(reconstruct(model, test, jax.random.key(args.seed)))
-        metrics.print_showers(result["reconstruction"], f"{args.detector}, reconstruction")
+        shower_metrics.print_table(result["reconstruction"], f"{args.detector}, reconstruction")
     scores = evaluate(made)
-    metrics.print_showers(scores, f"{args.detector}, {args.solver}, {len(solver.times)} evaluations")
-    metrics.plot_showers(args.run, test, made, args.binning, scores)
+    shower_metrics.print_table(scores, f"{args.detector}, {args.solver}, {len(solver.times)} evaluations")
+    shower_metrics.plot_showers(args.run, test, made, args.binning, scores)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024         # kB on Linux
     result |= {"scores": scores, "peak_memory_mb": memory}
     metrics.plot_logs(args.run)

@@ -1,5 +1,5 @@
-"""The judge: classifiers that tell generated responses from simulated ones. An AUC of 0.5 means that a response
-could as well come from another run of the simulator.
+"""The judge: classifiers that tell generated responses from simulated ones. An AUC of 0.5 means that a
+response could as well come from another run of the simulator.
 
 The high-level one sees what a response looks like, 33 numbers such as its channels, how many fibres hold one
 photon or have a lit neighbour, and the light around the brightest fibre, beside the particle's conditions. It
@@ -24,7 +24,7 @@ SUMS = {"below 30 photons": (0, 30), "30 to 300 photons": (30, 300), "above 300 
 ADAM = optax.scale_by_adam()
 
 
-# ------------------------------------------------------------------------------------ what a response looks like
+# ---------------------------------------------------------------------------------- what a response looks like
 
 def details(responses):
     """The numbers DETAILS of responses (N, H, W) of photon counts, float32 (N, 22): how many fibres hold one
@@ -44,7 +44,7 @@ def _details(x):
     i, j = np.divmod(place, width)
     count = x.reshape(-1)[lit].astype(np.float64)
     around = np.pad(x, [(0, 0), (3, 3), (3, 3)])
-    total = lambda values: np.bincount(row, values, n)                         # over the fibres of each response
+    total = lambda values: np.bincount(row, values, n)                         # of each response
 
     def at(a, b):
         """The fibre (a, b) away from each lit one, (L,)."""
@@ -67,8 +67,8 @@ def _details(x):
 
 
 def brightest(row, count, n):
-    """The second largest to the LARGEST-th count of each of n rows, 0 where there are fewer, (n, LARGEST - 1):
-    of counts (L,) with their rows (L,), in order."""
+    """The second largest to the LARGEST-th of the counts (L,) in each of n rows, 0 where there are fewer,
+    (n, LARGEST - 1); row (L,) is the row of each, in order."""
     number = np.bincount(row, minlength=n)
     first = np.cumsum(number) - number
     ordered = np.append(count[np.lexsort((-count, row))], 0)
@@ -95,10 +95,11 @@ def high_level(real, generated, sums, charge, names, seed=0):
     fit, test = np.split(rows, [len(rows) * 7 // 10])
     settings = {name: value for name, value in TREES.items() if name != "rows"}
     model = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=seed)
-    with threadpool_limits(1):  # threads that wait for each other at every node take minutes on a busy machine
+    with threadpool_limits(1):  # threads wait for each other at every node: minutes on a busy machine
         model.fit(np.concatenate([real[fit], generated[fit]]), np.repeat([0, 1], len(fit)))
-        logits = [model.decision_function(part[test]) for part in (real, generated)]
-        columns = explain(model.decision_function, real[test], generated[test], names, seed)
+        score = model.decision_function
+        logits = [score(part[test]) for part in (real, generated)]
+        columns = explain(score, real[test], generated[test], names, seed)
     groups = grouped_aucs(logits, [part[test] for part in sums], charge[test])
     return {"AUC": rank_auc(*logits[::-1]), "groups": groups, "columns": columns}
 

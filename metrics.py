@@ -482,8 +482,10 @@ def judge_pair(real, generated, particles, seed):
 def judge_pairs(pairs, found, particles, seed):
     """Add what judge_pair finds on the first pairs of `compare` to the lists in `found`."""
     pairs = [(real, generated, particles[rows]) for real, generated, rows in pairs if len(rows) >= 10]
+    if not pairs:
+        return
     with ThreadPoolExecutor(2) as pool:
-        for sections in pool.map(lambda pair, number: judge_pair(*pair, number), pairs, itertools.count(seed)):
+        for sections in pool.map(judge_pair, *zip(*pairs), itertools.count(seed)):
             for section, values in sections.items():
                 for name, value in values.items():
                     found[section, name] += [] if value is None else [value]
@@ -590,8 +592,8 @@ def print_settings(name, settings):
 
 
 def print_table(scores, title, explain=False):
-    """Print the result of evaluate, with the interval or the size of the samples beside a score. Last come the
-    columns whose shuffling costs the high-level classifier most, with `explain` all of them."""
+    """Print the result of evaluate, with the interval or the size of the samples beside a score. Last come
+    the columns whose shuffling costs the high-level classifier most, with `explain` all of them."""
     line, notes = lambda *words: print(score_line(*words)), sample_notes(scores)
     print(title + ": {rows} rows, {particles} particles, generations: {generations}".format(**scores))
     print_header(scores["W"], "[68 % over particles]")

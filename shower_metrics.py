@@ -1,5 +1,5 @@
-"""Every score of calorimeter showers, as in the CaloChallenge (arXiv 2410.21611): Showers of calorimeter.py whose
-incident energies match row by row. The scores of fibres are in metrics.py."""
+"""Every score of calorimeter showers, as in the CaloChallenge (arXiv 2410.21611): Showers of
+calorimeter.py whose incident energies match row by row. The scores of fibres are in metrics.py."""
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ from metrics import (cell, fpd, fpd_sizes, kpd, print_header, print_settings, sa
 from preprocessing import energy_ratios
 
 AUCS = ("AUC_low", "AUC_high", "AUC_u")
-# Far smaller than the challenge's; hundreds of features and thousands of voxels overfit soon. Rows of one class.
+# Far smaller than the challenge's: hundreds of features and thousands of voxels overfit soon
 CLASSIFIER = dict(rows=10_000, width=256, depth=2, epochs=8, batch=250, learning_rate=3e-4, trainings=3)
 # The challenge's own takes its inputs as they are and chooses the epoch by accuracy; for a GPU.
 CHALLENGE = dict(rows=100_000, width=2048, depth=3, epochs=50, batch=1000, learning_rate=2e-4, trainings=10,

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import common
 import metrics
+import shower_metrics
 from benchmarks import tables
 from calorimeter import CALORIMETERS
 from simulator import DETECTORS
@@ -62,7 +63,15 @@ MS, MINUTES = at("ms_per_response.256", ".3f"), at("train_seconds", ".1f", 1 / 6
 PUBLISHED = {"published W": at("published.W"), "published MAE": at("published.MAE")}
 TEST = {"W": at("seen.W.value"), "R": at("seen.W.R"), "MAE": at("seen.MAE.value"),
         "RMSE": at("seen.RMSE.value")}
-AUC = {"AUC low": at("seen.AUC_low.value", ".3f"), "AUC high": at("seen.AUC_high.value", ".3f")}
+
+
+def auc(name, part="seen"):
+    """The column of the AUC of a classifier of judge.py; "-" where a row was scored before they came."""
+    value = at(f"{part}.{name}.value", ".3f")
+    return lambda row: value(row) if "groups" in (row.get(part) or {}) else "-"
+
+
+AUC = {"AUC high": auc("AUC_high"), "AUC low": auc("AUC_low")}
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -128,7 +137,7 @@ def scored(part):
     value, spread = at(f"{part}.W.value"), at(f"{part}.W.spread")
     return {"W": lambda row: f"{value(row)} ± {spread(row)}", "oracle": at(f"{part}.W.oracle"),
             "R": at(f"{part}.W.R"), "MAE (oracle)": beside(f"{part}.MAE"),
-            "AUC low": at(f"{part}.AUC_low.value", ".3f"), "AUC high": at(f"{part}.AUC_high.value", ".3f"),
+            "AUC high": auc("AUC_high", part), "AUC low": auc("AUC_low", part),
             "lit % (real)": beside(f"{part}.marginals.lit_percent", reference="real")}
 
 
@@ -149,7 +158,7 @@ def printed(root):
     lines = []
     for part in ("seen", "unseen"):
         lines.append(f"ZN, {part} particles, {row['evaluations']} evaluations each: {row['rows'][part]} rows")
-        lines += [metrics.score_line(name, row[part][name]) for name in ("W", "MAE", "AUC_low", "AUC_high")]
+        lines += [metrics.score_line(name, row[part][name]) for name in ("W", "MAE", *metrics.AUCS)]
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
@@ -278,7 +287,7 @@ FAMILIES = ("layer energies", "E_tot", "centres", "widths", "sparsity", "radial 
 SEPARATIONS = {"model": key("label"), "showers": key("detector")}
 SEPARATIONS |= {name: beside(f"scores.separation.{name}", ".2f", scale=1000) for name in FAMILIES}
 SOLVERS = {"solver": key("label"), "evaluations": key("evaluations"),
-           **{name.replace("_", " "): at(name, ".3f") for name in metrics.SHOWER_AUCS},
+           **{name.replace("_", " "): at(name, ".3f") for name in shower_metrics.AUCS},
            **{f"ms per shower, batch {n}": at(f"ms_per_response.{n}", ".1f") for n in (1, 100)}}
 
 

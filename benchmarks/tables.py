@@ -29,7 +29,9 @@ import common
 import data
 import fm
 import iaf
+import judge
 import metrics
+import shower_metrics
 import solvers as methods
 import vqgan
 from calorimeter import CALORIMETERS
@@ -375,7 +377,7 @@ def solvers(detector, root=ROOT):
     args = calodream.parse(flags)
     model = common.load_model(path, calodream.maker(args))
     test = calorimeter.Showers(*(array[:SHOWERS] for array in calodream.open_test(args)))
-    features = metrics.shower_features(test, args.binning)
+    features = calorimeter.features(test, args.binning)
     for solver, numbers in SOLVED.items():
         for number in numbers:
             steps = number // len(methods.METHODS[solver][0]) if solver in methods.METHODS else number
@@ -383,9 +385,9 @@ def solvers(detector, root=ROOT):
             draw = eqx.filter_jit(eqx.Partial(calodream.sample, model,
                                               solver=calodream.choose_solver(args, model)))
             made = calodream.generate_showers(draw, test.energies, jax.random.key(0))
-            pair = features, metrics.shower_features(made, args.binning)
-            logits = metrics.shower_logits(test, made, pair, 0, metrics.SHOWER_CLASSIFIER)
-            scores = {name: metrics.rank_auc(*pair[::-1]) for name, pair in logits.items()}
+            pair = features, calorimeter.features(made, args.binning)
+            logits = shower_metrics.logits_of(test, made, pair, 0, shower_metrics.CLASSIFIER)
+            scores = {name: judge.rank_auc(*pair[::-1]) for name, pair in logits.items()}
             rows.append({"label": solver, "evaluations": number, **scores,
                          **common.time_sampler(draw, 1, (1, 100), repeats=3)})
             print(rows[-1])

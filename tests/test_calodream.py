@@ -16,7 +16,7 @@ import pytest
 import calodream
 import calorimeter
 import common
-import metrics
+import shower_metrics
 import papers
 import preprocessing
 import solvers
@@ -41,8 +41,8 @@ def small():
         patch.setattr(calodream, "BNS_STEPS", 2)
         patch.setattr(calodream, "bespoke", partial(calodream.bespoke, number=8))
         few = dict(rows=60, width=8, depth=1, epochs=1, batch=20, trainings=1)
-        patch.setattr(metrics, "SHOWER_CLASSIFIER", metrics.SHOWER_CLASSIFIER | few)
-        patch.setattr(metrics, "fpd", lambda *args, **options: (1.0, 0.1))
+        patch.setattr(shower_metrics, "CLASSIFIER", shower_metrics.CLASSIFIER | few)
+        patch.setattr(shower_metrics, "fpd", lambda *args, **options: (1.0, 0.1))
         yield
 
 
@@ -301,9 +301,9 @@ def scored(monkeypatch):
     """The arguments of the scores, which are not computed; nor is a solver fitted."""
     calls = []
     monkeypatch.setattr(calodream, "bespoke", lambda model, *args: model.solver)
-    monkeypatch.setattr(metrics, "evaluate_showers", lambda *args: calls.append(args) or {"AUC_low": 0.5})
-    monkeypatch.setattr(metrics, "print_showers", lambda *args: None)
-    monkeypatch.setattr(metrics, "plot_showers", lambda *args: None)
+    monkeypatch.setattr(shower_metrics, "evaluate", lambda *args: calls.append(args) or {"AUC_low": 0.5})
+    monkeypatch.setattr(shower_metrics, "print_table", lambda *args: None)
+    monkeypatch.setattr(shower_metrics, "plot_showers", lambda *args: None)
     return calls
 
 

@@ -14,16 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
-from matplotlib.image import imread
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance
 
-import calorimeter
 import common
 import data
+import judge
 import metrics
 import plots
-from calorimeter import Showers
 from common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -266,7 +264,7 @@ def test_bootstrap_covers_the_mean_and_shrinks():
     assert metrics.bootstrap(np.ones(3), np.zeros(3)) is None
 
 
-# -------------------------------------------------------------------------------------- distances, classifier
+# ------------------------------------------------------------------------------------------------- distances
 
 def test_frechet_is_the_closed_form():
     rng = np.random.default_rng(0)
@@ -341,37 +339,6 @@ def test_distances_say_nothing_about_a_handful_of_rows():
     assert metrics.fpd_sizes(100_000) == (20_000, 50_000) and metrics.fpd_sizes(1000) == (400, 1000)
 
 
-@examples
-@given(hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(0, 5)),
-       hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(0, 5)))
-def test_rank_auc_matches_the_double_loop(positive, negative):
-    wins = [1 if p > n else 0.5 if p == n else 0 for p in positive for n in negative]
-    assert metrics.rank_auc(positive, negative) == pytest.approx(sum(wins) / len(wins))
-
-
-def test_classifier_tells_what_differs_and_only_that(monkeypatch):
-    monkeypatch.setitem(metrics.CLASSIFIER, "epochs", 3)
-    rng = np.random.default_rng(0)
-    real, again = rng.normal(size=(2, 2000, 8)).astype(np.float32)
-    assert metrics.classifier_auc(real, again) == pytest.approx(0.5, abs=0.06)
-    assert metrics.classifier_auc(real, real) == 0.5
-    assert metrics.classifier_auc(real, again + np.float32([2] + [0] * 7)) > 0.85
-    assert metrics.classifier_auc(real, again + 1, seed=1) > 0.95
-    assert metrics.classifier_auc(real, again + 1, seed=1) == metrics.classifier_auc(real, again + 1, seed=1)
-    assert np.isnan(metrics.classifier_auc(real[:9], again[:9]))
-
-
-def test_settings_of_the_classifier():
-    rng = np.random.default_rng(0)
-    real, again = rng.normal(size=(2, 600, 4)).astype(np.float32)
-    settings = metrics.CHALLENGE | dict(width=8, epochs=4, batch=100, learning_rate=1e-2)
-    logits = metrics.classifier_logits(real, again + 1, 0, settings)
-    assert [part.shape for part in logits] == [(120,), (120,)] and logits[0].mean() < 0 < logits[1].mean()
-    auc = metrics.classifier_auc(real, again + 1, 0, settings)
-    assert auc == metrics.rank_auc(logits[1], logits[0]) > 0.85
-    assert auc != metrics.classifier_auc(real, again + 1, 0, settings | {"learning_rate": 1e-4})
-
-
 # ---------------------------------------------------------------------------------------- everything together
 
 @examples
@@ -385,8 +352,10 @@ def test_the_floor_pairs_equal_particles_once(ids, seed):
 
 @pytest.fixture
 def small_classifier(monkeypatch):
-    for key, value in dict(rows=200, epochs=2, width=8, trainings=3).items():
-        monkeypatch.setitem(metrics.CLASSIFIER, key, value)
+    monkeypatch.setitem(judge.TREES, "max_iter", 5)
+    monkeypatch.setattr(judge, "FEW", 5)
+    for key, value in dict(rows=200, epochs=2, width=8).items():
+        monkeypatch.setitem(judge.NETWORK, key, value)
 
 
 def sets(count, seed=0, **options):
@@ -488,113 +457,6 @@ def test_lookup_draws_every_row():
     np.testing.assert_array_equal(rows, again)
 
 
-# ---------------------------------------------------------------------------------------- calorimeter showers
-
-SMALL = calorimeter.CALORIMETERS["small"]
-
-
-def stand_in(seed, rows=1200, **changed):
-    energies = calorimeter.draw_energies(rows, 0)
-    return Showers(energies, calorimeter.simulate(SMALL, energies, seed, calorimeter.MODEL | changed))
-
-
-@pytest.fixture(scope="module")
-def showers():
-    """Real, changed, and oracle."""
-    return stand_in(1), stand_in(2, radii=2.5, depth=1.5), stand_in(3)
-
-
-@pytest.fixture(scope="module")
-def shower_scores(showers):
-    """Scores of the changed stand-in, with oracle, and of some showers of the oracle, without."""
-    real, changed, oracle = showers
-    few = [Showers(values.energies[:400], values.voxels[:400]) for values in (real, oracle)]
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in dict(rows=600, width=32, epochs=6, trainings=2, batch=100).items():
-            patch.setitem(metrics.SHOWER_CLASSIFIER, key, value)
-        return (metrics.evaluate_showers(real, changed, SMALL, oracle),
-                metrics.evaluate_showers(*few, SMALL, cut=1.0))
-
-
-def test_separation_of_equal_and_of_disjoint_showers(showers):
-    real = showers[0]
-    columns = metrics.shower_columns(real, calorimeter.features(real, SMALL))
-    assert {family: column.shape[1] for family, column in columns.items()} == {
-        "layer energies": 10, "E_tot": 1, "centres": 20, "widths": 20, "sparsity": 10, "radial centres": 10,
-        "radial widths": 10, "voxels": 1, "ring depths": 5}
-    layers, total = real.voxels.sum((2, 3)), real.voxels.sum((1, 2, 3))
-    np.testing.assert_allclose(10**columns["layer energies"], layers + 1e-8, rtol=1e-4)
-    np.testing.assert_allclose(columns["E_tot"][:, 0], total / real.energies, rtol=1e-4)
-    np.testing.assert_allclose(columns["sparsity"], (real.voxels == 0).mean((2, 3)), atol=1e-6)
-    assert set(metrics.separation(columns, columns).values()) == {0}
-    # Columns of one bin each: every family is in its lowest bin, and then beyond its highest one
-    low = {family: np.full((9, 2), -9.0) for family in columns}
-    high = {family: np.full((9, 2), 9.0) for family in columns}
-    assert metrics.separation(low, high) == pytest.approx(dict.fromkeys(columns, 1))
-
-
-def test_scores_of_showers(shower_scores):
-    changed, again = shower_scores
-    for name in metrics.SHOWER_AUCS:
-        assert changed[name]["value"] > 0.6 and changed[name]["oracle"] == pytest.approx(0.5, abs=0.1)
-        assert changed[name]["spread"] > 0 and changed[name]["R"] is None and "floor" in again[name]
-    for name in ("FPD", "KPD"):
-        assert changed[name]["value"] > 2 * again[name]["value"] and changed[name]["error"] > 0
-    assert changed["FPD"]["R"] > 2 and again["FPD"]["R"] is None
-    assert all(cell["R"] > 1.2 for cell in changed["separation"].values())
-    edges, real, generated = (np.array(changed["weights"][name]) for name in ("log10_w", "real", "generated"))
-    assert real.sum() == pytest.approx(1) and generated.sum() == pytest.approx(1) and len(real) == 60
-    assert edges[1:] @ real > edges[1:] @ generated
-    assert changed["rows"] == 1200 and changed["cut"] == 0 and again["cut"] == 1
-    json.dumps(shower_scores, allow_nan=False)
-
-
-def test_table_and_pictures_of_showers(showers, shower_scores, tmp_path, capsys):
-    changed, again = shower_scores
-    metrics.print_showers(changed, "small, changed")
-    metrics.print_showers(again, "small, again")
-    text = capsys.readouterr().out
-    assert "small, changed: 1200 showers\n" in text and "400 showers, voxels above 1 MeV" in text
-    assert max(map(len, text.splitlines())) <= 120 and text.count("separation power") == 18
-    metrics.plot_showers(tmp_path, *showers[:2], SMALL, changed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet.png", "showers.png"]
-    for path in tmp_path.iterdir():
-        pixels = imread(path)
-        assert pixels.shape[1] > 600 and len(np.unique(pixels[..., 0])) > 10
-
-
-def test_the_cut_empties_voxels(showers):
-    cut = metrics.cut_showers(showers[0], 5.0)
-    np.testing.assert_array_equal(cut.voxels, np.where(showers[0].voxels <= 5, 0, showers[0].voxels))
-    assert metrics.cut_showers(showers[0], 0.0) is showers[0]
-
-
-def test_the_challenges_classifier_sees_the_inputs_as_they_are(showers, monkeypatch):
-    seen = []
-    monkeypatch.setattr(metrics, "classifier_logits", lambda *arguments: seen.append(arguments[:2]))
-    # As for the floor, the energies of both sides differ
-    pair = [Showers(values.energies[::step], values.voxels[::step]) for values, step in zip(showers, (1, -1))]
-    metrics.shower_logits(*pair, [np.full((1200, 3), 7.0)] * 2, 0, metrics.CHALLENGE)
-    rows = np.random.default_rng(0).permutation(1200)
-    low, high, ratios = seen
-    for part, inputs, others in zip(pair, low, ratios):
-        energies, voxels = (values[rows].reshape(1200, -1) for values in part)
-        expected = np.hstack([np.log10(energies), 100 * voxels / energies])
-        np.testing.assert_allclose(inputs, expected, rtol=1e-5)
-        expected = np.hstack([np.log10(energies), metrics.energy_ratios(part)[rows]])
-        np.testing.assert_allclose(others, expected, rtol=1e-5)
-    assert np.all(np.array(high) == 7)
-
-
-def test_showers_that_do_not_match_are_refused(showers):
-    real, made, _ = showers
-    few = [Showers(values.energies[:19], values.voxels[:19]) for values in (real, made)]
-    for pair, word in (((real, stand_in(1, 1100)), "row by row"), (few, "at least 20"),
-                       ((real, made._replace(voxels=made.voxels[:, 1:])), "row by row")):
-        with pytest.raises(UserError, match=word):
-            metrics.evaluate_showers(*pair, SMALL)
-
-
 # ------------------------------------------------------------------------------------- a model and its scores
 
 @pytest.fixture
@@ -672,15 +534,17 @@ def files(tmp_path):
 
 def test_the_command_prints_a_table_and_writes_json(files, tmp_path):
     out = tmp_path / "scores.json"
-    code = ("import sys, metrics, common; "
-            "metrics.CLASSIFIER.update(rows=100, epochs=1, width=8, trainings=2); "
+    code = ("import sys, judge, metrics, common; "
+            "judge.NETWORK.update(rows=100, epochs=1, width=8); judge.TREES.update(max_iter=5); "
             "common.run(lambda: metrics.main(sys.argv[1:]))")
-    command = [sys.executable, "-c", code, *files[:3], "--oracle", files[3], "--json", str(out)]
+    command = [sys.executable, "-c", code, *files[:3], "--oracle", files[3], "--json", str(out), "--explain"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ)
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:2 + len(metrics.SCORES)]] == list(metrics.SCORES)
-    assert max(map(len, lines[1:])) <= 120 and "rows 100" in done.stdout and "too" not in done.stdout
+    [explained] = [line for line in lines if line.startswith("seen by AUC_high: ")]
+    assert max(len(line) for line in lines[1:] if line != explained) <= 120 and "rows 100" in done.stdout
+    assert explained.count(", ") == 33 + 14 - 1 and "AUC_low: rows 100" in done.stdout
     scores = json.loads(out.read_text())
     assert scores["W"]["R"] == pytest.approx(scores["W"]["value"] / scores["W"]["oracle"])
     assert scores["generations"] == 2
@@ -690,7 +554,7 @@ def test_the_command_prints_a_table_and_writes_json(files, tmp_path):
 def test_the_command_without_classifier(files, capsys):
     scores = metrics.main([*files[:2], "--no-classifier", "--convention", "o2"])
     assert "AUC" not in capsys.readouterr().out
-    assert scores["convention"] == "o2" and scores["classifier"] is None
+    assert scores["convention"] == "o2" and "classifier" not in scores
 
 
 def test_mistakes_end_in_one_line(files, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import common
 import data
 import fm
+import judge
 import metrics
 import plots
 import simulator
@@ -35,7 +36,9 @@ def shrink(put=setattr):
     put(common, "BLOCK", 64)
     put(plots, "_save_figure", lambda path, figure: path.write_bytes(b"a picture"))
     put(metrics, "GENERATIONS", 1)
-    put(metrics, "CLASSIFIER", metrics.CLASSIFIER | dict(rows=60, epochs=1, batch=20, trainings=1))
+    put(metrics, "TRAININGS", 1)
+    put(judge, "TREES", judge.TREES | dict(max_iter=2))
+    put(judge, "NETWORK", judge.NETWORK | dict(rows=60, epochs=1, batch=20, width=8))
 
 
 def shrink_detectors(patch, folder):
