@@ -24,7 +24,7 @@ SUMS = {"below 30 photons": (0, 30), "30 to 300 photons": (30, 300), "above 300 
 ADAM = optax.scale_by_adam()
 
 
-# ---------------------------------------------------------------------------------- what a response looks like
+# --------------------------------------------------------------------------------- what a response looks like
 
 def details(responses):
     """The numbers DETAILS of responses (N, H, W) of photon counts, float32 (N, 22): how many fibres hold one

@@ -13,7 +13,7 @@ import simulator
 examples = settings(deadline=None, max_examples=40)
 
 
-# ---------------------------------------------------------------------------------- what a response looks like
+# --------------------------------------------------------------------------------- what a response looks like
 
 def loop_details(response):
     """The same numbers of one response (H, W), fibre by fibre."""
