@@ -6,6 +6,7 @@ Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All wo
 channels last, (h, w, C); vmap makes the batch.
 """
 import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -15,23 +16,8 @@ import numpy as np
 import data
 import metrics
 from common import MLP, Linear, normal, normalise
+from layers import attend, convolve, enlarge, in_blocks, pixelwise
 from preprocessing import from_patches, to_patches
-
-
-def convolve(x, kernel, stride=1):
-    """x (H, W, C_in), kernel (k, k, C_in, C_out); channels last is the fast layout on CPU."""
-    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
-    return jax.lax.conv_general_dilated(x[None], kernel, strides, "SAME", dimension_numbers=layout)[0]
-
-
-def enlarge(x, shape):
-    """x (h, w, C) at twice the size, each number four times, cut to `shape`."""
-    return x.repeat(2, axis=0).repeat(2, axis=1)[:shape[0], :shape[1]]
-
-
-def pixelwise(layer, x):
-    """A layer for vectors on each place of x (h, w, C)."""
-    return jax.vmap(jax.vmap(layer))(x)
 
 
 # --------------------------------------------------------------------------------------- the U-Net of [FM, 4]
@@ -73,15 +59,9 @@ class Attention(eqx.Module):
 
     def __call__(self, x, t, c):
         tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])  # (h w + 1, C)
-        h = attend(jax.vmap(self.norm)(tokens) @ self.qkv, self.heads) @ self.out
+        qkv, scores = jax.vmap(self.norm)(tokens) @ self.qkv, self.heads * len(tokens)**2
+        h = in_blocks(partial(attend, heads=self.heads), scores, qkv) @ self.out
         return x + h[:-1].reshape(x.shape)
-
-
-def attend(qkv, heads):
-    """Attention of every token to every token: queries, keys and values side by side (T, 3 C) -> (T, C)."""
-    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 0, 2)  # (heads, T, d) each
-    scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)  # (heads, T, T)
-    return jnp.einsum("hqk,hkd->qhd", scores, v).reshape(len(qkv), -1)
 
 
 class UNet(eqx.Module):
@@ -119,6 +99,9 @@ class UNet(eqx.Module):
         self.norm, self.head = eqx.nn.LayerNorm(a), normal(next(keys), a, outputs)
 
     def __call__(self, x, t, c):
+        return in_blocks(UNet.apply, 32 * math.prod(x.shape[:2]), self, x, t, c)   # 32: most channels at once
+
+    def apply(self, x, t, c):
         dtype = self.stem.dtype
         angles = t * 1e4 ** -jnp.linspace(0, 1, len(self.time[0]) // 2, endpoint=False)
         t = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]).astype(dtype)
