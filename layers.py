@@ -15,20 +15,21 @@ CACHE = 2**19  # float32 numbers, 2 MB: the caches of two cores
 
 
 def convolve(x, kernel, stride=1):
-    """3 x 3 convolution of x (H, W, C_in) with a kernel (3, 3, C_in, C_out), at a stride of 1 or 2."""
-    return (convolve_on_cpu if jax.default_backend() == "cpu" else plain_convolve)(x, kernel, stride)
-
-
-def plain_convolve(x, kernel, stride):
-    """Channels last is the fast layout on a CPU."""
+    """3 x 3 convolution of x (H, W, C_in) with a kernel (3, 3, C_in, C_out), at a stride of 1 or 2. Channels
+    last is the fast layout on a CPU."""
     layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
     y = jax.lax.conv_general_dilated(x[None], kernel, strides, "SAME", dimension_numbers=layout)[0]
     return checkpoint_name(y, "kept")
 
 
+def convolve_in_loop(x, kernel, stride=1):
+    """The same, for networks that pass a batch in blocks."""
+    return (convolve_on_cpu if jax.default_backend() == "cpu" else convolve)(x, kernel, stride)
+
+
 def convolve_backward(stride, inputs, g):
-    """Gradients for x and kernel from g (H, W, C_out), as one convolution and three matrix products: XLA's
-    own are slower on a CPU, 7 to 20 times so inside a loop."""
+    """Gradients for x and kernel from g (H, W, C_out), as one convolution and three matrix products: inside a
+    loop XLA's own are 7 to 20 times slower on a CPU, though faster outside."""
     x, kernel = inputs
     # zeros in between make it the gradient of a convolution at stride 1
     between = [((n - 1) % stride, 0, stride - 1) for n in x.shape[:2]]
@@ -38,11 +39,11 @@ def convolve_backward(stride, inputs, g):
     padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))                              # (H + 2, W + 2, C_in)
     rows = [jnp.einsum("hwi,hwo->io", padded[i:i + len(g)], columns) for i in range(3)]
     weights = jnp.stack(rows).reshape(3, x.shape[-1], 3, -1).swapaxes(1, 2)    # (3, 3, C_in, C_out)
-    return plain_convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 1), weights
+    return convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 1), weights
 
 
-convolve_on_cpu = jax.custom_vjp(plain_convolve, nondiff_argnums=(2,))
-convolve_on_cpu.defvjp(lambda x, kernel, stride: (plain_convolve(x, kernel, stride), (x, kernel)),
+convolve_on_cpu = jax.custom_vjp(convolve, nondiff_argnums=(2,))
+convolve_on_cpu.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stride), (x, kernel)),
                        convolve_backward)
 
 

@@ -6,6 +6,7 @@ Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All wo
 channels last, (h, w, C); vmap makes the batch.
 """
 import math
+from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
@@ -16,7 +17,7 @@ import numpy as np
 import data
 import metrics
 from common import MLP, Linear, normal, normalise
-from layers import attend, convolve, enlarge, in_blocks, pixelwise
+from layers import attend, convolve, convolve_in_loop, enlarge, in_blocks, pixelwise
 from preprocessing import from_patches, to_patches
 
 
@@ -28,9 +29,10 @@ class ResBlock(eqx.Module):
     kernels: list
     time: jax.Array
     shortcut: jax.Array | None
+    convolve: Callable = eqx.field(static=True)
 
-    def __init__(self, inputs, outputs, embedding, key):
-        keys = jax.random.split(key, 4)
+    def __init__(self, inputs, outputs, embedding, convolve, key):
+        keys, self.convolve = jax.random.split(key, 4), convolve
         self.norms = [eqx.nn.LayerNorm(inputs), eqx.nn.LayerNorm(outputs)]
         self.kernels = [normal(keys[0], 3, 3, inputs, outputs),
                         normal(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
@@ -38,8 +40,9 @@ class ResBlock(eqx.Module):
         self.shortcut = None if inputs == outputs else normal(keys[3], inputs, outputs)
 
     def __call__(self, x, t, c):
-        h = convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0]) + jax.nn.silu(t @ self.time)
-        h = convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
+        h = self.convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0])
+        h = h + jax.nn.silu(t @ self.time)
+        h = self.convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
         return h + (x if self.shortcut is None else x @ self.shortcut)
 
 
@@ -78,12 +81,13 @@ class UNet(eqx.Module):
     resample: list
     norm: eqx.nn.LayerNorm
     head: jax.Array
+    convolve: Callable = eqx.field(static=True)
 
-    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16)):
-        keys = iter(jax.random.split(key, 64))
+    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16), convolve=convolve):
+        keys, self.convolve = iter(jax.random.split(key, 64)), convolve
         a, b, c = widths
         embedding = 2 * a
-        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, next(keys))
+        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, convolve, next(keys))
         attention = lambda inputs, width: Attention(inputs, width, embedding, next(keys))
         self.condition = normal(next(keys), conditions, embedding), normal(next(keys), embedding, embedding)
         self.time = normal(next(keys), a, embedding), normal(next(keys), embedding, embedding)
@@ -99,26 +103,23 @@ class UNet(eqx.Module):
         self.norm, self.head = eqx.nn.LayerNorm(a), normal(next(keys), a, outputs)
 
     def __call__(self, x, t, c):
-        return in_blocks(UNet.apply, 32 * math.prod(x.shape[:2]), self, x, t, c)   # 32: most channels at once
-
-    def apply(self, x, t, c):
         dtype = self.stem.dtype
         angles = t * 1e4 ** -jnp.linspace(0, 1, len(self.time[0]) // 2, endpoint=False)
         t = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]).astype(dtype)
         t = jax.nn.silu(t @ self.time[0]) @ self.time[1]
         c = jax.nn.silu(c.astype(dtype) @ self.condition[0]) @ self.condition[1]
-        x, skips = convolve(x.astype(dtype), self.stem), []
+        x, skips = self.convolve(x.astype(dtype), self.stem), []
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x, t, c)
                 skips.append(x)
-            x = convolve(x, self.resample[level], stride=2) if level < 2 else x
+            x = self.convolve(x, self.resample[level], stride=2) if level < 2 else x
         for block in self.middle:
             x = block(x, t, c)
         for level, blocks in enumerate(self.up):
             for block in blocks:
                 x = block(jnp.concatenate([skips.pop(), x], axis=-1), t, c)
-            x = convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
+            x = self.convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
         return (jax.nn.silu(pixelwise(self.norm, x)) @ self.head).astype(jnp.float32)
 
 
@@ -128,10 +129,11 @@ class ResponseUNet(eqx.Module):
     net: UNet
 
     def __init__(self, conditions, maps, key, widths=(8, 12, 16)):
-        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths)
+        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths, convolve_in_loop)
 
     def __call__(self, x, t, c):
-        return jnp.moveaxis(self.net(x[..., None], t, c), -1, 0)
+        maps = in_blocks(UNet.__call__, 32 * x.size, self.net, x[..., None], t, c)    # 32: channels at once
+        return jnp.moveaxis(maps, -1, 0)
 
 
 # ----------------------------------------------------------------------- blocks of autoencoders, [Comparison]
