@@ -6,6 +6,8 @@ Fig. 11 and 12], the VQ-VAE of the particle and the head of a MADE block. All wo
 channels last, (h, w, C); vmap makes the batch.
 """
 import math
+from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -15,23 +17,8 @@ import numpy as np
 import data
 import metrics
 from common import MLP, Linear, normal, normalise
+from layers import attend, convolve, convolve_in_loop, enlarge, in_blocks, pixelwise
 from preprocessing import from_patches, to_patches
-
-
-def convolve(x, kernel, stride=1):
-    """x (H, W, C_in), kernel (k, k, C_in, C_out); channels last is the fast layout on CPU."""
-    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
-    return jax.lax.conv_general_dilated(x[None], kernel, strides, "SAME", dimension_numbers=layout)[0]
-
-
-def enlarge(x, shape):
-    """x (h, w, C) at twice the size, each number four times, cut to `shape`."""
-    return x.repeat(2, axis=0).repeat(2, axis=1)[:shape[0], :shape[1]]
-
-
-def pixelwise(layer, x):
-    """A layer for vectors on each place of x (h, w, C)."""
-    return jax.vmap(jax.vmap(layer))(x)
 
 
 # --------------------------------------------------------------------------------------- the U-Net of [FM, 4]
@@ -42,9 +29,10 @@ class ResBlock(eqx.Module):
     kernels: list
     time: jax.Array
     shortcut: jax.Array | None
+    convolve: Callable = eqx.field(static=True)
 
-    def __init__(self, inputs, outputs, embedding, key):
-        keys = jax.random.split(key, 4)
+    def __init__(self, inputs, outputs, embedding, convolve, key):
+        keys, self.convolve = jax.random.split(key, 4), convolve
         self.norms = [eqx.nn.LayerNorm(inputs), eqx.nn.LayerNorm(outputs)]
         self.kernels = [normal(keys[0], 3, 3, inputs, outputs),
                         normal(keys[1], 3, 3, outputs, outputs, scale=1e-4)]
@@ -52,8 +40,9 @@ class ResBlock(eqx.Module):
         self.shortcut = None if inputs == outputs else normal(keys[3], inputs, outputs)
 
     def __call__(self, x, t, c):
-        h = convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0]) + jax.nn.silu(t @ self.time)
-        h = convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
+        h = self.convolve(jax.nn.silu(pixelwise(self.norms[0], x)), self.kernels[0])
+        h = h + jax.nn.silu(t @ self.time)
+        h = self.convolve(jax.nn.silu(pixelwise(self.norms[1], h)), self.kernels[1])
         return h + (x if self.shortcut is None else x @ self.shortcut)
 
 
@@ -73,15 +62,9 @@ class Attention(eqx.Module):
 
     def __call__(self, x, t, c):
         tokens = jnp.concatenate([x.reshape(-1, x.shape[-1]), (c @ self.token)[None]])  # (h w + 1, C)
-        h = attend(jax.vmap(self.norm)(tokens) @ self.qkv, self.heads) @ self.out
+        qkv, scores = jax.vmap(self.norm)(tokens) @ self.qkv, self.heads * len(tokens)**2
+        h = in_blocks(partial(attend, heads=self.heads), scores, qkv) @ self.out
         return x + h[:-1].reshape(x.shape)
-
-
-def attend(qkv, heads):
-    """Attention of every token to every token: queries, keys and values side by side (T, 3 C) -> (T, C)."""
-    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, heads, -1), 0, 2)  # (heads, T, d) each
-    scores = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", q, k) / q.shape[-1] ** 0.5)  # (heads, T, T)
-    return jnp.einsum("hqk,hkd->qhd", scores, v).reshape(len(qkv), -1)
 
 
 class UNet(eqx.Module):
@@ -98,12 +81,13 @@ class UNet(eqx.Module):
     resample: list
     norm: eqx.nn.LayerNorm
     head: jax.Array
+    convolve: Callable = eqx.field(static=True)
 
-    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16)):
-        keys = iter(jax.random.split(key, 64))
+    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16), convolve=convolve):
+        keys, self.convolve = iter(jax.random.split(key, 64)), convolve
         a, b, c = widths
         embedding = 2 * a
-        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, next(keys))
+        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, convolve, next(keys))
         attention = lambda inputs, width: Attention(inputs, width, embedding, next(keys))
         self.condition = normal(next(keys), conditions, embedding), normal(next(keys), embedding, embedding)
         self.time = normal(next(keys), a, embedding), normal(next(keys), embedding, embedding)
@@ -124,18 +108,18 @@ class UNet(eqx.Module):
         t = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]).astype(dtype)
         t = jax.nn.silu(t @ self.time[0]) @ self.time[1]
         c = jax.nn.silu(c.astype(dtype) @ self.condition[0]) @ self.condition[1]
-        x, skips = convolve(x.astype(dtype), self.stem), []
+        x, skips = self.convolve(x.astype(dtype), self.stem), []
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x, t, c)
                 skips.append(x)
-            x = convolve(x, self.resample[level], stride=2) if level < 2 else x
+            x = self.convolve(x, self.resample[level], stride=2) if level < 2 else x
         for block in self.middle:
             x = block(x, t, c)
         for level, blocks in enumerate(self.up):
             for block in blocks:
                 x = block(jnp.concatenate([skips.pop(), x], axis=-1), t, c)
-            x = convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
+            x = self.convolve(enlarge(x, skips[-1].shape), self.resample[2 + level]) if level < 2 else x
         return (jax.nn.silu(pixelwise(self.norm, x)) @ self.head).astype(jnp.float32)
 
 
@@ -145,10 +129,11 @@ class ResponseUNet(eqx.Module):
     net: UNet
 
     def __init__(self, conditions, maps, key, widths=(8, 12, 16)):
-        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths)
+        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths, convolve_in_loop)
 
     def __call__(self, x, t, c):
-        return jnp.moveaxis(self.net(x[..., None], t, c), -1, 0)
+        maps = in_blocks(UNet.__call__, 32 * x.size, self.net, x[..., None], t, c)    # 32: channels at once
+        return jnp.moveaxis(maps, -1, 0)
 
 
 # ----------------------------------------------------------------------- blocks of autoencoders, [Comparison]

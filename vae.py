@@ -31,7 +31,8 @@ import common
 import data
 import metrics
 from common import MLP, Linear, normal, normalise
-from papers import ConvBlock, MixerBlock, TransformerBlock, convolve, enlarge
+from layers import convolve, enlarge
+from papers import ConvBlock, MixerBlock, TransformerBlock
 from simulator import DETECTORS, Detector
 
 NOISE = 10   # numbers into the noise generator, as many as ALICE O2 feeds its networks

@@ -158,7 +158,8 @@ def printed(root):
     lines = []
     for part in ("seen", "unseen"):
         lines.append(f"ZN, {part} particles, {row['evaluations']} evaluations each: {row['rows'][part]} rows")
-        lines += [metrics.score_line(name, row[part][name]) for name in ("W", "MAE", *metrics.AUCS)]
+        names = "W", "MAE", *(metrics.AUCS if "groups" in row[part] else ())
+        lines += [metrics.score_line(name, row[part][name]) for name in names]
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
