@@ -494,7 +494,7 @@ def judge_pairs(pairs, found, particles, seed):
 def cell(values, references, label, smallest=0.0):
     """{"value", "spread", label, "R"}: mean and standard deviation (None of one) of values, mean of
     references, and for an oracle above `smallest` R = value / oracle, else None."""
-    value, reference = np.mean(values), np.mean(references) if references else np.nan
+    value, reference = (np.mean(part) if part else np.nan for part in (values, references))
     spread = np.std(values, ddof=1) if len(values) > 1 else None
     ratio = value / reference if label == "oracle" and reference > smallest else None
     return common.plain({"value": value, "spread": spread, label: reference, "R": ratio})

@@ -83,11 +83,11 @@ class UNet(eqx.Module):
     head: jax.Array
     convolve: Callable = eqx.field(static=True)
 
-    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16), convolve=convolve):
-        keys, self.convolve = iter(jax.random.split(key, 64)), convolve
+    def __init__(self, inputs, outputs, stem, conditions, key, widths=(8, 12, 16), in_loop=False):
+        keys, self.convolve = iter(jax.random.split(key, 64)), convolve_in_loop if in_loop else convolve
         a, b, c = widths
         embedding = 2 * a
-        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, convolve, next(keys))
+        res = lambda inputs, outputs: ResBlock(inputs, outputs, embedding, self.convolve, next(keys))
         attention = lambda inputs, width: Attention(inputs, width, embedding, next(keys))
         self.condition = normal(next(keys), conditions, embedding), normal(next(keys), embedding, embedding)
         self.time = normal(next(keys), a, embedding), normal(next(keys), embedding, embedding)
@@ -129,7 +129,7 @@ class ResponseUNet(eqx.Module):
     net: UNet
 
     def __init__(self, conditions, maps, key, widths=(8, 12, 16)):
-        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths, convolve_in_loop)
+        self.net = UNet(1, maps, widths[0] // 2, conditions, key, widths, in_loop=True)
 
     def __call__(self, x, t, c):
         maps = in_blocks(UNet.__call__, 32 * x.size, self.net, x[..., None], t, c)    # 32: channels at once

@@ -357,7 +357,8 @@ def documents(tmp_path):
     """A folder with one result and three documents."""
     score = {"value": 1.005, "spread": 0.1, "oracle": 0.5, "R": 2.01}
     lit, own = {"value": 5.0, "real": 5.25}, {"value": 1.0, "spread": None, "floor": 0.5, "R": None}
-    part = {"W": score, "MAE": score, "AUC_low": {"value": 0.75}, "marginals": {"lit_percent": lit}}
+    part = {"W": score, "MAE": score, "AUC_low": {"value": 0.75}, "groups": {},
+            "marginals": {"lit_percent": lit}}
     result = {"script": "fm", "detector": "zn", "rows": {"seen": 7, "unseen": 8}, "parameters": 9,
               "train_seconds": 90, "ms_per_response": {"1": 2.0, "256": 0.1234}, "seen": part,
               "unseen": part | {"W": own, "MAE": own}, "device": "a machine", "versions": {"zdc": "9.9"}}
