@@ -12,8 +12,7 @@ the simulator, so a low W there says little.
     python channels.py --detector zn                        about two minutes on two CPU cores, data included
 
 Prints W and MAE of every model beside the published W [FM, Table 6] and the oracle, for seen and unseen
-particles; ends with `written: runs/channels-zn/metrics.json`. Boosting, trees and neighbours need
-scikit-learn: pip install '.[baselines]'.
+particles; ends with `written: runs/channels-zn/metrics.json`.
 """
 import time
 from functools import partial
@@ -32,7 +31,6 @@ PUBLISHED = {   # W for ZN and ZP [FM, Table 6]; there the flow draws whole resp
     "original data": (0.53, 0.56), "linear regression": (60.06, 34.65), "gradient boosting": (3.86, 3.83),
     "decision tree": (3.86, 3.76), "k nearest neighbours": (2.98, 3.48), "dense network": (2.48, 3.22),
     "flow matching": (1.27, 1.30)}
-MISSING = "needs scikit-learn: pip install '.[baselines]'"
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -219,15 +217,9 @@ MODELS = REGRESSIONS | {"flow matching": flow_matching, "lookup": lookup}
 
 
 def fit(model, args, training, validation):
-    """(setting, predict) of the best candidate, from pairs (particles, sums); predict is None where
-    scikit-learn is missing."""
+    """(setting, predict) of the best candidate, from pairs (particles, sums)."""
     particles, sums = validation
-    try:
-        return min(model(args, *training), key=lambda found: metrics.wasserstein(sums, found[1](particles)))
-    except ModuleNotFoundError as error:
-        if not error.name.startswith("sklearn"):
-            raise
-        return MISSING, None
+    return min(model(args, *training), key=lambda found: metrics.wasserstein(sums, found[1](particles)))
 
 
 def check_parts(parts):
@@ -243,16 +235,14 @@ def pair(dataset):
 
 
 def direct_estimates(dataset, name, seed=0):
-    """W of the five regressions of [FM, Table 6] for detector `name` on the test rows of split_rows; None for
-    those that need a missing scikit-learn. They are no generative models, so they tell how hard a data set
-    is."""
+    """W of the five regressions of [FM, Table 6] for detector `name` on the test rows of split_rows. They are
+    no generative models, so they tell how hard a data set is."""
     args = parse(["--detector", name, "--seed", str(seed), "--quiet"])
     parts = data.split_rows(len(dataset.pdg), seed)
     check_parts(parts)
     training, validation, (particles, truth) = (pair(data.select(dataset, rows)) for rows in parts)
     found = {label: fit(model, args, training, validation)[1] for label, model in REGRESSIONS.items()}
-    return {label: predict and metrics.wasserstein(truth, predict(particles))
-            for label, predict in found.items()}
+    return {label: metrics.wasserstein(truth, predict(particles)) for label, predict in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -306,9 +296,9 @@ def main(argv=None):
     for name, model in MODELS.items():
         began = time.perf_counter()
         setting, predict = fit(model, args, training, validation)
-        seconds = time.perf_counter() - began if predict else None
+        seconds = time.perf_counter() - began
         found = {test: (scores(truth, predict(particles)), floor)
-                 for test, (particles, truth, floor) in tests.items() if predict}
+                 for test, (particles, truth, floor) in tests.items()}
         models[name] = report(args, name, setting, seconds, found)
     result = {"script": "channels", "detector": args.detector, "command": args.command,
               "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],

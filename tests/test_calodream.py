@@ -22,7 +22,7 @@ import preprocessing
 import solvers
 import tiny
 from benchmarks import tables
-from calorimeter import CALORIMETERS, THRESHOLD, Showers
+from calorimeter import CALORIMETERS, THRESHOLD
 
 KEY, SMALL = jax.random.key(0), CALORIMETERS["small"]
 FLAGS = "--n 300 --epochs 1 --energy-epochs 1 --batch-size 64 --steps 2 --quiet".split()

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-import data
 import judge
 import metrics
 import shower_metrics
