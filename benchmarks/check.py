@@ -65,11 +65,12 @@ SHOWER_FILE = Path(__file__).parent / "published" / "calochallenge.json"
 
 def row(label, published, ours, relative=0.0, absolute=0.0, judged=True):
     """A row of the table; ours is in if at most relative x published + absolute away from the published, and
-    "in" is None if it is not judged."""
+    "in" is None if ours was not run or is not judged."""
     width = relative * abs(published) + absolute
     band = f"{100 * relative:.0f} %" if relative else f"{absolute:g}"
-    return {"label": label, "published": float(published), "ours": float(ours), "band": band if judged else "-",
-            "in": bool(abs(ours - published) <= width) if judged else None}
+    ours = None if ours is None else float(ours)
+    return {"label": label, "published": float(published), "ours": ours, "band": band if judged else "-",
+            "in": abs(ours - published) <= width if judged and ours is not None else None}
 
 
 def moments(particles, published, where):
@@ -243,8 +244,10 @@ def print_rows(rows):
     print(f"{'':52} {'published':>10} {'ours':>10}  band")
     verdicts = {True: "", False: "MISSED", None: "not judged"}
     for entry in rows:
-        verdict = verdicts[entry["in"]]
-        figures = f"{entry['published']:10.4g} {entry['ours']:>10.4g}  {entry['band']:10} {verdict}"
+        run = entry["ours"] is not None
+        ours = f"{entry['ours']:.4g}" if run else "-"
+        verdict = verdicts[entry["in"]] if run else "not run"
+        figures = f"{entry['published']:10.4g} {ours:>10}  {entry['band']:10} {verdict}"
         print(f"{entry['label']:52} {figures}".rstrip())
     print(f"{sum(entry['in'] is False for entry in rows)} of {len(rows)} rows missed")
 

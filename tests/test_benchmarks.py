@@ -262,15 +262,16 @@ def test_the_check_of_a_small_set_misses_rows(name, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(check, "RUNS_BEFORE_CUT", 2000)
     monkeypatch.setattr(check, "EXAMPLES", check.EXAMPLES[:2])
     published = {label: channels.PUBLISHED[label][name == "zp"] for label in channels.REGRESSIONS}
-    monkeypatch.setattr(channels, "direct_estimates", lambda *_: published)
+    missing = "gradient boosting"
+    monkeypatch.setattr(channels, "direct_estimates", lambda *_: published | {missing: None})
     with pytest.raises(SystemExit) as stop:
         check.main([name, "--json", str(tmp_path / "check.json"), "--quiet"])
     assert stop.value.code == 1
     out, result = capsys.readouterr().out, json.loads((tmp_path / "check.json").read_text())
     rows = {row["label"]: row for row in result["rows"]}
-    assert set(rows) <= set(re.split(r"  +|\n", out)) and "MISSED" in out
+    assert set(rows) <= set(re.split(r"  +|\n", out)) and "MISSED" in out and "not run" in out
     assert rows["unique particles"]["in"] is False and rows["W of k nearest neighbours"]["in"]
-    assert len(rows) > 30 and result["table"] == "check"
+    assert rows[f"W of {missing}"]["in"] is None and len(rows) > 30 and result["table"] == "check"
     assert sum(row["in"] is False for row in rows.values()) == out.count("MISSED")
 
 
