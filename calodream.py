@@ -30,8 +30,8 @@ import optax
 import calorimeter
 import common
 import metrics
-import shower_metrics
 import papers
+import shower_metrics
 import solvers
 from calorimeter import CALORIMETERS, Showers
 from common import MLP, Linear, UserError

@@ -39,10 +39,9 @@ BOOTSTRAPS = 1000
 GENERATIONS = 5  # of the test set, as in the papers
 FLOORS = 2  # random pairings that the floor averages
 TRAININGS = 2  # of each classifier, on the first generations
-# Columns of the high-level classifier, FPD and KPD; and conditions of the classifiers
+# Columns of the high-level classifier, FPD and KPD; and those that the conditions add for the classifiers
 COLUMNS = (*(f"channel {k}" for k in range(5)), *SHAPES, *judge.DETAILS)
-CONDITIONS = ("E", "vx", "vy", "vz", "px", "py", "pz", "mass", "charge", "log E", "charge / E", "impact x",
-              "impact y", "bent impact x")
+PARTICLE_COLUMNS = *simulator.FEATURES, "log E", "charge / E", "impact x", "impact y", "bent impact x"
 
 
 # ------------------------------------------------------------------- what is measured on one set of responses
@@ -468,7 +467,7 @@ def judge_pair(real, generated, particles, seed):
     conditions = data.conditions(particles, data.fit_conditions(particles, "physics"))
     tables = [np.concatenate([features(sample), conditions], axis=1) for sample in (real, generated)]
     sums = [sample.shapes[:, SHAPES.index("sum")] for sample in (real, generated)]
-    names = *COLUMNS, *(f"particle's {name}" for name in CONDITIONS)
+    names = *COLUMNS, *(f"particle's {name}" for name in PARTICLE_COLUMNS)
     high = judge.high_level(*tables, sums, particles[:, 8], names, seed)
     rows = np.random.default_rng(seed).permutation(len(particles))[:judge.NETWORK["rows"]]
     pictures = [np.log1p(sample.responses[rows].reshape(len(rows), -1), dtype=np.float32)
@@ -555,8 +554,8 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
         "rows": int((pdg == code).sum()), "particles": len(np.unique(ids[pdg == code])),
         "W": scored(code, "W"), "MAE": scored(code, "MAE")} for code in codes}
     if classifier:
-        groups = *judge.SUMS, "charged", "neutral"
-        result["groups"] = {name: scored("groups", name, np.inf) for name in groups if found["groups", name]}
+        groups = [name for (section, name), aucs in found.items() if section == "groups" and aucs]
+        result["groups"] = {name: scored("groups", name, np.inf) for name in groups}
         columns = {name: np.mean(losses) for (section, name), losses in found.items() if section == "columns"}
         result["columns"] = common.plain(dict(sorted(columns.items(), key=lambda item: -item[1])))
         result["classifier"] = {"AUC_high": judge.TREES, "AUC_low": judge.NETWORK, "trainings": TRAININGS}

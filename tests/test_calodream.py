@@ -16,9 +16,9 @@ import pytest
 import calodream
 import calorimeter
 import common
-import shower_metrics
 import papers
 import preprocessing
+import shower_metrics
 import solvers
 import tiny
 from benchmarks import tables
