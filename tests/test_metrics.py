@@ -424,8 +424,8 @@ def test_without_repeated_particles_there_is_no_floor():
 def test_same_seed_same_numbers(small_classifier):
     first, second = (metrics.evaluate(*sets(1)) for _ in range(2))
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    numbers, again = ([x for x in jax.tree.leaves(result) if not isinstance(x, str)] for result in (first, second))
-    np.testing.assert_allclose(numbers, again, rtol=1e-6)  # FPD: roots of eigenvalues that are rounding
+    both = [[x for x in jax.tree.leaves(result) if not isinstance(x, str)] for result in (first, second)]
+    np.testing.assert_allclose(*both, rtol=1e-6)  # FPD: roots of eigenvalues that are rounding
 
 
 def test_arrays_that_do_not_match_are_refused():
