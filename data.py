@@ -370,6 +370,15 @@ def from_patches(patches, size, shape):
     return x.reshape(-1, h * size, w * size)[:, :shape[0], :shape[1]]
 
 
+def windows(x, size):
+    """What x (h, w) holds in each patch of size x size and half a patch around it: (P, 4 size^2)."""
+    h, w = patch_grid(x.shape, size)
+    margins = [(size // 2, (n + 1) * size - size // 2 - length) for n, length in zip((h, w), x.shape)]
+    quarters = to_patches(jnp.pad(x, margins), size).reshape(h + 1, w + 1, -1)
+    quarters = [quarters[i:i + h, j:j + w] for i in (0, 1) for j in (0, 1)]
+    return jnp.concatenate(quarters, axis=-1).reshape(h * w, -1)
+
+
 def patch_grid(shape, size):
     """Number of patches along each side of a response."""
     return tuple(-(-n // size) for n in shape)
@@ -431,18 +440,45 @@ def impact_light(bumps, patches):
 # On the axis 2 sqrt(n) a Poisson count n has a variance of about 1. Photons come in bursts and spread more,
 # so networks give each fibre a logistic distribution on this axis, discretised to whole counts.
 
-def count_loss(counts, location, scale):
+def few_logits(location, scale, odds):
+    """log P(n) / P(> n) of n = 0, 1, ... photons, one for each of `odds`."""
+    return [(2 * (n + 0.5)**0.5 - location) / scale + more for n, more in enumerate(odds)]
+
+
+def count_loss(counts, location, scale, odds=()):
     """-log P(n) of each fibre in nats, with the logistic distribution function F:
-    P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), P(0) = F(sqrt 2)."""
-    upper = (2 * jnp.sqrt(counts + 0.5) - location) / scale
-    lower = (2 * jnp.sqrt(jnp.maximum(counts - 0.5, 0)) - location) / scale
-    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel
-    lit = jax.nn.softplus(lower) - jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
-    return jax.nn.softplus(-upper) + jnp.where(counts > 0, lit, 0.0)
+    P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), P(0) = F(sqrt 2). Two numbers do not fit the shares of
+    ones, twos and bright fibres at once. So k `odds`, if given, correct the counts n < k by
+    log P(n) / P(> n) = (2 sqrt(n + 1/2) - location) / scale + odds_n; larger counts keep their ratios."""
+    edge = lambda n: jnp.where(n > 0, 2 * jnp.sqrt(jnp.maximum(n - 0.5, 0)) - location, -1e6) / scale
+    upper, lower, first = edge(counts + 1), edge(counts), edge(len(odds))
+    relu, rest = jax.nn.relu, lambda x: 1 + jnp.exp(-jnp.abs(x))               # softplus: relu + log(rest)
+    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel, over F(-first)
+    product = rest(upper) * rest(lower) / rest(first) / jnp.maximum(1 - jnp.exp(lower - upper), 1e-6)
+    loss = relu(-upper) + relu(lower) - relu(first) + jnp.log(product)
+    loss = jnp.where(counts >= len(odds), loss, 0.0)
+    for n, logit in enumerate(few_logits(location, scale, odds)):
+        loss += jnp.where(counts >= n, jax.nn.softplus(jnp.where(counts == n, -logit, logit)), 0.0)
+    return loss
+
+
+def draw_counts(location, scale, key, odds=()):
+    """Photon counts from the distributions of count_loss, by inversion."""
+    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
+    few, above = 0.0, 1.0
+    for logit in few_logits(location, scale, odds):
+        above = above / (1 + jnp.exp(logit))                                   # P(> n)
+        few += u < above
+    tail = u / above                                                           # P(> x) of the logistic
+    if odds:
+        tail = tail / (1 + jnp.exp((2 * (len(odds) - 0.5)**0.5 - location) / scale))
+    tail = jnp.clip(tail, 1e-37, 1 - 1e-7)
+    many = root_counts(location + scale * jnp.log(1 / tail - 1))
+    return jnp.where(u < above, jnp.maximum(many, len(odds)), few)
 
 
 def draw_roots(location, scale, key):
-    """Numbers on the axis 2 sqrt(n) from the logistic distributions, by inversion."""
+    """Numbers on the axis 2 sqrt(n) from the logistic distributions alone, by inversion."""
     u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
     return location + scale * jnp.log(u / (1 - u))
 
@@ -450,11 +486,6 @@ def draw_roots(location, scale, key):
 def root_counts(x):
     """The whole counts that numbers x on the axis 2 sqrt(n) stand for."""
     return jnp.floor(jnp.square(jnp.maximum(x, 0) / 2) + 0.5)
-
-
-def draw_counts(location, scale, key):
-    """Photon counts from the distributions of count_loss."""
-    return root_counts(draw_roots(location, scale, key))
 
 
 def bounded_scale(log_scale):

@@ -6,8 +6,8 @@ z_0 at t = 0 to the latent z_1 of a response at t = 1:
     z_t = (1 - t) z_0 + t z_1   (Eq. 3)        L = E || v_theta(z_t, t, c) - (z_1 - z_0) ||^2   (Eq. 4 and 6)
 A response costs a few small steps in the latent and one pass of the decoder.
 
---net dense (ours): the latent is a short vector, the decoder gives each fibre a distribution of counts, and
-stage 1 minimises -log p(x | z, c) + KL(q(z | x, c) || N(0, 1)), with no weight to tune.
+--net dense (ours): the latent is a short vector, photon counts are drawn as in checkerboard.py, and stage 1
+minimises -log p(x | z, c) + KL(q(z | x, c) || N(0, 1)), with no weight to tune.
 --net paper (appendix B): a convolutional autoencoder of log responses, whose latent is a grid with a quarter
 of the resolution, and at the reconstruction x'
     L = sum of L_k / || dL_k / dx' ||   over k = autoencoder, perceptual, adversarial                  (Eq. 7)
@@ -31,6 +31,7 @@ import common
 import data
 import metrics
 import papers
+from checkerboard import Checkerboard
 from common import Linear, UserError, normalise
 from simulator import DETECTORS, Detector
 
@@ -57,9 +58,6 @@ def parse(argv):
                              "the vector in each place of the latent grid (default: 4)")
     parser.add_argument("--beta", type=common.number(float, 0), default=0.01, metavar="WEIGHT",
                         help="weight of KL against the squared error with --net paper (default: 0.01)")
-    parser.add_argument("--solver", choices=("ab2", "euler"), default="ab2",
-                        help="integrate the path with Euler's or the Adams-Bashforth method (ab2), which is "
-                             "of second order at Euler's cost (default: ab2)")
     return parser.parse_args(argv)
 
 
@@ -70,7 +68,7 @@ def elbo(autoencoder, counts, c, key):
     particle c (C,): -log p(x | z, c) and KL(q(z | x, c) || N(0, 1)), in nats per fibre."""
     mean, std = gaussian(autoencoder.encode(jnp.log1p(counts), c))             # q(z | x, c) = N(mean, std^2)
     z = mean + std * jax.random.normal(key, mean.shape)
-    reconstruction = data.decoded_loss(counts, autoencoder.decode(z, c)).mean()
+    reconstruction = autoencoder.fibres.loss(autoencoder.decode(z, c), counts)
     return reconstruction, divergence(mean, std) / counts.size
 
 
@@ -139,32 +137,33 @@ def published_loss(net, counts, c, key, beta):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-def integrate(v, z, steps, solver):
-    """Follow dz/dt = v(z, t) from noise at t = 0 to data at t = 1. Unrolled: XLA is slow on loops on CPU."""
+def integrate(v, z, steps):
+    """Follow dz/dt = v(z, t) from noise at t = 0 to data at t = 1 with the slope half a step ahead, from this
+    one and the one before (Adams and Bashforth): of second order at Euler's cost. Unrolled: XLA is slow on
+    loops on a CPU."""
     h, before = 1 / steps, None
     for t in h * np.arange(steps):
         now = v(z, t)
-        # Adams and Bashforth: the slope half a step ahead, from this one and the one before
-        slope = 1.5 * now - 0.5 * before if solver == "ab2" and before is not None else now
+        slope = now if before is None else 1.5 * now - 0.5 * before
         z, before = z + h * slope, now                                         # [FM, Eq. 5]
     return z
 
 
-def sample(net, c, key, steps, solver):
+def sample(net, c, key, steps):
     """Draw one response for each condition c (B, C) from a LatentFM: photon counts uint16 (B, H, W)."""
     latent_key, count_key = jax.random.split(key)
     v = lambda z, t: jax.vmap(net.flow, (0, None, 0))(z, t, c)
-    z = integrate(v, jax.random.normal(latent_key, (len(c), *net.mean.shape)), steps, solver)
+    z = integrate(v, jax.random.normal(latent_key, (len(c), *net.mean.shape)), steps)
     return decode_counts(net.autoencoder, z * net.std + net.mean, c, count_key)
 
 
 def decode_counts(autoencoder, z, c, key):
     """Photon counts uint16 (B, H, W) of latents z (B, ...): drawn from each fibre's distribution or, where
     the decoder gives log responses, rounded."""
-    maps = jax.vmap(autoencoder.decode)(z, c)                                  # (B, 3 or 1, H, W)
-    if maps.shape[1] == 1:
-        return data.as_uint16(data.rounded_counts(maps[:, 0]))
-    return data.as_uint16(data.draw_counts(*data.decoded_counts(maps), key))
+    decoded = jax.vmap(autoencoder.decode)(z, c)                               # (B, P, hidden), (B, 1, H, W)
+    if decoded.ndim == 4:
+        return data.as_uint16(data.rounded_counts(decoded[:, 0]))
+    return data.as_uint16(jax.vmap(autoencoder.fibres.draw)(decoded, jax.random.split(key, len(z))))
 
 
 def reconstruct(autoencoder, counts, c, key):
@@ -257,7 +256,7 @@ def encode_all(autoencoder, responses, c, rows):
 # ---------------------------------------------------------------------------------------------------- network
 # For ONE example: log response x (H, W), conditions c (C,), latent z, a vector (L,) or a grid (h, w, L), and
 # time t (); vmap makes the batch. encode(x, c) gives the mean and the log standard deviation of z, (2, ...);
-# decode(z, c) gives maps (M, H, W).
+# decode(z, c) gives features (P, hidden) of the patches or, with --net paper, a log response (1, H, W).
 
 # same as fm.py: Embedding
 class Embedding(eqx.Module):
@@ -305,7 +304,7 @@ class DenseAutoencoder(eqx.Module):
     position: jax.Array
     local: Linear
     modulation: Linear
-    head: Linear
+    fibres: Checkerboard
     detector: Detector = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
@@ -327,7 +326,7 @@ class DenseAutoencoder(eqx.Module):
         self.position = jnp.zeros((patches, hidden))
         self.local = Linear(up + near, hidden, next(up_keys))
         self.modulation = Linear(width, 2 * hidden, next(up_keys))
-        self.head = Linear(hidden, 3 * size**2, next(up_keys), scale=0.1)
+        self.fibres = Checkerboard(hidden, detector.shape, size, next(up_keys))
 
     def encode(self, x, c):
         squeeze, enter, blocks, out = self.encoder
@@ -346,8 +345,7 @@ class DenseAutoencoder(eqx.Module):
         near = data.near_impact(c, self.detector, self.size)                                       # (P, 67)
         own = jnp.concatenate([self.leave(h).reshape(len(near), -1), near], axis=1)
         scale, shift = jnp.split(self.modulation(h), 2)
-        h = jax.nn.silu((self.local(own) + self.position) * (1 + scale) + shift)                 # (P, hidden)
-        return data.from_patches(self.head(h), self.size, self.detector.shape).astype(jnp.float32)
+        return (self.local(own) + self.position) * (1 + scale) + shift                           # (P, hidden)
 
 
 class FlowBlock(eqx.Module):
@@ -478,14 +476,14 @@ def main(argv=None):
         if args.stage == "1":
             return found
         net = common.save_model(args.run, args.header, scaler, found, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, steps=args.steps, solver=args.solver))
+    draw = eqx.filter_jit(eqx.Partial(sample, net, steps=args.steps))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     decoder = common.network_cost(net.autoencoder.decode, net.mean.shape, (conditions,))["mflop"]
     flow = common.network_cost(net.flow, net.mean.shape, (), (conditions,))["mflop"]
     parameters = common.count_parameters((net.autoencoder, net.flow))
     return metrics.report(args, draw, scaler, dataset, split, common.BATCHES, parameters=parameters,
-                          mflop=decoder + args.steps * flow, steps=args.steps, solver=args.solver,
+                          mflop=decoder + args.steps * flow, steps=args.steps,
                           evaluations=args.steps + 1, **found)
 
 

@@ -397,6 +397,17 @@ def test_patches_by_brute_force():
     np.testing.assert_array_equal(data.to_patches(x, 4), expected)
 
 
+@pytest.mark.parametrize("shape, size", [((22, 22), 2), ((28, 15), 2), ((10, 7), 4), ((14, 10), 4)])
+def test_windows_by_brute_force(shape, size):
+    """Quarter by quarter, in the order of the patches; 0 beyond the response."""
+    x, grid = np.random.default_rng(0).normal(size=shape), data.patch_grid(shape, size)
+    found = np.asarray(data.windows(jnp.asarray(x), size)).reshape(*grid, 2, 2, size, size)
+    for i, j, *quarter, k, l in np.ndindex(found.shape):
+        row, column = (size * n + size * half - size // 2 + m for n, half, m in zip((i, j), quarter, (k, l)))
+        inside = 0 <= row < shape[0] and 0 <= column < shape[1]
+        assert found[i, j, *quarter, k, l] == pytest.approx(x[row, column] if inside else 0, rel=1e-6)
+
+
 @pytest.mark.parametrize("conditions, places", [(14, {11, 12, 13}), (9, {4, 5})])
 def test_only_impact_coordinates_have_high_frequencies(conditions, places):
     """A wave's slope is at most its frequency: 64 for the coordinates, 4 for everything else."""
@@ -478,15 +489,18 @@ def test_impact_light_is_a_projection_of_unit_length():
 
 # ----------------------------------------------------------------------------- photon counts as distributions
 
-def probabilities(counts, location, scale):
-    loss = jax.jit(data.count_loss)(jnp.float32(counts), jnp.float32(location), jnp.float32(scale))
+def probabilities(counts, location, scale, odds=()):
+    loss = jax.jit(data.count_loss)(jnp.float32(counts), jnp.float32(location), jnp.float32(scale), odds)
     return np.exp(-np.asarray(loss, np.float64))
 
 
+ODDS = st.one_of(st.just(()), st.tuples(*3 * [st.floats(-9, 9)]))
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.floats(-5, 40), st.floats(-4, 3))
-def test_probabilities_sum_to_one(location, log_scale):
-    found = probabilities(np.arange(40_001), location, np.exp(log_scale))
+@given(st.floats(-5, 40), st.floats(-4, 3), ODDS)
+def test_probabilities_sum_to_one(location, log_scale, odds):
+    found = probabilities(np.arange(40_001), location, np.exp(log_scale), odds)
     assert found.sum() == pytest.approx(1, abs=2e-3)
 
 
@@ -500,11 +514,25 @@ def test_count_loss_is_the_logistic_distribution_between_half_counts(location, l
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-9)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-3, 12), st.floats(-1.5, 1), st.tuples(*3 * [st.floats(-4, 4)]))
+def test_few_photons_have_odds_of_their_own(location, log_scale, odds):
+    """P(n) / P(> n) of 0, 1 and 2; the ratios of larger counts are those without odds."""
+    scale = np.exp(log_scale)
+    found, plain = (probabilities(np.arange(4000), location, scale, these) for these in (odds, ()))
+    for n, more in enumerate(odds):
+        expected = np.exp((2 * np.sqrt(n + 0.5) - location) / scale + more)
+        assert found[n] == pytest.approx(expected / (1 + expected) * found[n:].sum(), rel=5e-3, abs=1e-9)
+    many, plain = found[3:] / (found[3:].sum() + 1e-30), plain[3:] / plain[3:].sum()
+    np.testing.assert_allclose(many[:17], plain[:17], rtol=5e-3, atol=1e-6)
+
+
 def test_count_loss_stays_finite():
-    grid = [0.0, 1, 7, 65535], [-1e3, 0, 30, 1e3], np.exp([-4.0, 0, 3])
-    counts, location, scale = (jnp.asarray(axis, jnp.float32) for axis in np.meshgrid(*grid))
-    loss = lambda a, b: data.count_loss(counts, a, b).mean()
-    value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))(location, scale)
+    grid = [0.0, 1, 7, 2000, 65535], [-1e3, 0, 30, 1e3], np.exp([-4.0, 0, 3]), [-60, 0, 60]
+    counts, location, scale, more = (jnp.asarray(axis, jnp.float32) for axis in np.meshgrid(*grid))
+    loss = lambda *law: jnp.mean(sum(data.count_loss(counts, *law[:2], odds) for odds in ((), law[2:])))
+    law = location, scale, more, -more, more
+    value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4)))(*law)
     assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in gradient)
 
 
@@ -518,11 +546,13 @@ def assert_drawn_from(draws, probability):
     assert chisquare(found, expected).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("location, scale", [(0.3, 0.5), (-2.0, 1.5), (6.0, 0.4)])
-def test_draws_follow_the_loss(location, scale):
+@pytest.mark.parametrize("location, scale, odds", [
+    (0.3, 0.5, ()), (-2.0, 1.5, ()), (6.0, 0.4, ()), (0.3, 0.5, (-1.0, 1.0, -2.0)),
+    (6.0, 0.4, (9.0, 4.0, 7.0)), (-2.0, 0.7, (-5.0, -6.0, -6.0))])
+def test_draws_follow_the_loss(location, scale, odds):
     draw = jax.jit(data.draw_counts)
-    draws = draw(jnp.full(100_000, location), jnp.full(100_000, scale), jax.random.key(7))
-    assert_drawn_from(draws, lambda n: probabilities(n, location, scale))
+    draws = draw(jnp.full(100_000, location), jnp.full(100_000, scale), jax.random.key(7), odds)
+    assert_drawn_from(draws, lambda n: probabilities(n, location, scale, odds))
 
 
 def test_root_counts_undo_the_square_root():
