@@ -379,6 +379,12 @@ def windows(x, size):
     return jnp.concatenate(quarters, axis=-1).reshape(h * w, -1)
 
 
+def neighbour_mean(h, grid):
+    """Mean of h (P, D) over the patches of a grid that share an edge; 0 beyond the matrix. (P, D)"""
+    h = jnp.pad(h.reshape(*grid, -1), [(1, 1), (1, 1), (0, 0)])
+    return (h[:-2, 1:-1] + h[2:, 1:-1] + h[1:-1, :-2] + h[1:-1, 2:]).reshape(-1, h.shape[-1]) / 4
+
+
 def patch_grid(shape, size):
     """Number of patches along each side of a response."""
     return tuple(-(-n // size) for n in shape)

@@ -114,7 +114,6 @@ def count_nats(net, counts, x0, t, c, key, abar):
     return jnp.mean(data.count_loss(counts, *count_distribution(net(x, t / LENGTH, c), x)))
 
 
-# same as fm.py: count_distribution
 def count_distribution(maps, x):
     """Location and scale (H, W) of the distributions of 2 sqrt(n), from x_t and the last three maps."""
     return maps[-3] + maps[-2] * x, data.bounded_scale(maps[-1])
@@ -264,7 +263,6 @@ class DenseBlock(eqx.Module):
         return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
 
 
-# same as fm.py: Dense
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 

@@ -5,17 +5,18 @@ velocity for the particle c; a response is drawn by following that velocity from
     x_t = (1 - t) x_0 + t x_1            (Eq. 3)      v_t = x_1 - x_0                            (Eq. 4)
     x_(t+dt) = x_t + dt v_theta          (Eq. 5)      L = E || v_theta(x_t, t, c) - v_t ||^2      (Eq. 6)
 
-Photons are counts, and most fibres hold 0 or 1 of them, so the last part of the path is not integrated. With
-x = 2 sqrt(n) the counting noise is about 1 in every fibre. Once the noise of the path, (1 - t) / t, has
-fallen below that (t = 0.6), x_t fixes everything that the fibres have in common, and the same network gives
-each fibre its own distribution of counts, trained by exact likelihood. `--counts round` and `floor` are the
-usual ways, to compare.
+Photons are counts, most often 0 or 1, so the last part of the path is not integrated. With x = 2 sqrt(n) the
+counting noise is about 1 in every fibre. Once the noise of the path, (1 - t) / t, has fallen below that
+(t = 0.6), x_t fixes everything that the fibres have in common, and the same network gives each fibre its own
+distribution of counts, trained by exact likelihood (`--counts round`, `floor`: the usual ways, to compare).
+Faint spots are what is hard to learn: see factor_loss and lit_odds.
 
-    python fm.py --detector zn --steps 11                  eight minutes on two CPU cores, data included
+    python fm.py --detector zn --steps 11                          a quarter of an hour on two CPU cores
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/fm-zn/`.
 """
+import math
 from functools import partial
 
 import equinox as eqx
@@ -31,6 +32,8 @@ import papers
 from common import Linear, normalise
 from simulator import DETECTORS, Detector
 
+ODDS = 4   # 0 to 3 photons have odds of their own, in data.count_loss
+
 
 # ------------------------------------------------------------------------------------------------------ flags
 
@@ -38,36 +41,49 @@ def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "counts", "exit"
     parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=11)
-    parser.add_argument("--net", choices=NETWORKS, default="dense", help="network (default: dense)")
+    parser.add_argument("--net", choices=NETWORKS, default="dense",
+                        help="our network (dense), one of ours with less than 100 000 parameters (compact), "
+                             "or the U-Net of [FM] (paper) (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
                         help="get photon counts by drawing them from each fibre's distribution at --exit, by "
                              "rounding log responses or by the floor of dequantised counts (default: sample)")
     parser.add_argument("--exit", type=common.number(float, 0.05, 0.95), default=0.6, metavar="T",
                         help="time of the path at which --counts sample draws the counts (default: 0.6)")
-    parser.add_argument("--solver", choices=EVALUATIONS, default="ab2",
-                        help="integrate the path with Euler's, the midpoint or the Adams-Bashforth method "
-                             "(ab2), which is of second order at Euler's cost (default: ab2)")
     return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------- objective
 
 def flow_loss(net, x1, t, c, key):
-    """Flow matching for one response x_1 (H, W) of the particle c (C,): t = 0 is noise, t = 1 is data."""
+    """Flow matching for one response x_1 (H, W) of the particle c (C,): t = 0 is noise, t = 1 is data; and
+    what we add to it, factor_loss."""
     x0 = jax.random.normal(key, x1.shape)
     x = (1 - t) * x0 + t * x1                                                  # [FM, Eq. 3]
     v = x1 - x0                                                                # [FM, Eq. 4]
-    return jnp.mean((velocity(net(x, t, c), x, t) - v)**2)                     # [FM, Eq. 6]
+    maps = net(x, t, c)
+    path = jnp.mean((velocity(maps, x, t) - v)**2)                             # [FM, Eq. 6]
+    return path, factor_loss(*factors(maps, x), x1) if len(maps) > 1 else 0.0
 
 
 def velocity(maps, x, t):
-    """v_theta from the maps of the network: one map is v_theta itself. Else they predict the response x_1,
-    and v_t = (x_1 - x_t) / (1 - t) by Eq. 3 and 4: what is linear in x_t, times the probability that a fibre
-    is lit at all."""
+    """v_theta from the maps of the network: one map is v_theta itself. Else they predict the response x_1 by
+    two factors, E[x_1 | lit] P(lit), and v_t = (x_1 - x_t) / (1 - t) by Eq. 3 and 4."""
     if len(maps) == 1:
         return maps[0]
-    x1 = (maps[0] + maps[1] * x) * jax.nn.sigmoid(maps[2] + maps[3] * x)
-    return (x1 - x) / jnp.maximum(1 - t, 0.05)
+    level, lit = factors(maps, x)
+    return (level * jax.nn.sigmoid(lit) - x) / jnp.maximum(1 - t, 0.05)
+
+
+def factors(maps, x):
+    """The predicted response by its two factors, E[response | lit] and the logit of P(lit), linear in x_t."""
+    return maps[0] + maps[1] * x, maps[2] + maps[3] * x
+
+
+def factor_loss(level, lit, x1):
+    """Losses of the two factors by themselves. In the loss above the gradient of P(lit) is as small as P(lit)
+    itself, where a spot of a few photons may be or not, and such spots are not learnt."""
+    cross_entropy = 3 * optax.sigmoid_binary_cross_entropy(lit, x1 > 0)        # 3: gradients of like size
+    return jnp.mean(cross_entropy + jnp.where(x1 > 0, (level - x1)**2, 0))
 
 
 def count_nats(net, counts, x1, t, c, key):
@@ -77,8 +93,15 @@ def count_nats(net, counts, x1, t, c, key):
 
 
 def count_distribution(maps, x):
-    """Location and scale (H, W) of the distributions of 2 sqrt(n), from x_t and the last three maps."""
-    return maps[-3] + maps[-2] * x, data.bounded_scale(maps[-1])
+    """Location, scale and odds of few photons (H, W) of the counts, from x_t and the last 3 + ODDS maps."""
+    location, slope, log_scale, *odds = maps[-3 - ODDS:]
+    return location + slope * x, data.bounded_scale(log_scale), odds
+
+
+def lit_odds(x, t):
+    """log p(x_t | one photon) / p(x_t | none) of each fibre, for x_1 = 2 and 0 in Eq. 3: what x_t alone says
+    of it. The network sees it, since sums of x_t over many dark fibres are all noise."""
+    return 2 * t * (x - t) / jnp.maximum(1 - t, 0.05)**2
 
 
 def to_state(counts, how, key):
@@ -102,47 +125,56 @@ def batch_loss(net, counts, c, key, how, end):
     x1 = jax.vmap(partial(to_state, how=how))(counts, key=count_keys)
     u = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified: less noise
     if how != "sample":
-        path = jax.vmap(partial(flow_loss, net))(x1, u, c, noise_keys).mean()
-        return path, {"path": path}
+        path, factor = (loss.mean() for loss in jax.vmap(partial(flow_loss, net))(x1, u, c, noise_keys))
+        return path + factor, {"path": path, "factors": factor}
     # half of the batch learns the path, half the counts at its end, where alone they are drawn
     half = size // 2
     # early times come more often: a bright narrow shower finds its place there, and no later time mends it
-    t = end * (u[:half] * size / half) ** 3
-    path = jax.vmap(partial(flow_loss, net))(x1[:half], t, c[:half], noise_keys[:half]).mean()
+    t = end * (u[:half] * size / half) ** 1.5
+    losses = jax.vmap(partial(flow_loss, net))(x1[:half], t, c[:half], noise_keys[:half])
+    path, factor = (loss.mean() for loss in losses)
     count_losses = jax.vmap(partial(count_nats, net, t=end))
     nats = count_losses(counts[half:], x1[half:], c=c[half:], key=noise_keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
-    return path + 10 * nats, {"path": path, "nats per fibre": nats}
+    return path + factor + 10 * nats, {"path": path, "factors": factor, "nats per fibre": nats}
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-EVALUATIONS = {"ab2": 1, "euler": 1, "midpoint": 2}                            # of the network in a step
+CHURN = 0.25   # of a step that is made too far and undone, chosen on validation rows
 
 
-def integrate(v, x, end, steps, solver):
-    """Follow dx/dt = v(x, t) from noise at t = 0 to t = `end`. Unrolled: XLA is slow on loops on a CPU."""
-    h, before = end / steps, None
-    for t in h * np.arange(steps):
-        now = v(x, t)
-        if solver == "midpoint":
-            now = v(x + h / 2 * now, t + h / 2)
-        # Adams and Bashforth: the slope half a step ahead, from this one and the one before
-        slope = 1.5 * now - 0.5 * before if solver == "ab2" and before is not None else now
-        x, before = x + h * slope, now                                         # [FM, Eq. 5]
+def integrate(v, x, end, steps, key):
+    """Follow dx/dt = v(x, t) from noise at t = 0 to `end`. A step leads straight towards the response that
+    x_t predicts, x_t + (1 - t) v; that it goes on changing as since the last step makes the method one of
+    second order (Adams and Bashforth extrapolate v, and need twice the steps). Each step leads too far, and
+    fresh noise leads back (Karras et al. 2022, section 4): smears are forgotten. Unrolled: loops are slow."""
+    times, before, last = end * (np.arange(steps + 1) / steps)**1.15, None, 0  # 1.15: a shorter first one
+    for t, s, key in zip(times, times[1:], jax.random.split(key, steps)):
+        far = min(s + CHURN * (s - t), 1.0)
+        slope = v(x, t)
+        predicted = x + (1 - t) * slope
+        x = x + (far - t) * slope                                              # [FM, Eq. 5]
+        if before is not None:
+            # solves dx/dt = (predicted - x) / (1 - t) for a prediction that is linear in time
+            bend = far - t - (1 - far) * np.log((1 - t) / max(1 - far, 1e-9))
+            x = x + bend / (t - last) * (predicted - before)
+        noise = jax.random.normal(key, x.shape)
+        x = s / far * x + math.sqrt((1 - s)**2 - (s / far * (1 - far))**2) * noise      # [FM, Eq. 3] of s
+        before, last = predicted, t
     return x
 
 
-def sample(net, c, key, shape, how, end, steps, solver):
+def sample(net, c, key, shape, how, end, steps):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    noise_key, count_key = jax.random.split(key)
+    noise_key, path_key, count_key = jax.random.split(key, 3)
     maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t, c)
     v = lambda x, t: jax.vmap(velocity, (0, 0, None))(maps(x, t), x, t)
-    x = integrate(v, jax.random.normal(noise_key, (len(c), *shape)), end, steps, solver)
+    x = integrate(v, jax.random.normal(noise_key, (len(c), *shape)), end, steps, path_key)
     if how != "sample":
         return data.as_uint16(to_counts(x, how))
-    location, scale = jax.vmap(count_distribution)(maps(x, end), x)
-    return data.as_uint16(data.draw_counts(location, scale, count_key))
+    location, scale, odds = jax.vmap(count_distribution)(maps(x, end), x)
+    return data.as_uint16(data.draw_counts(location, scale, count_key, odds))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -221,72 +253,86 @@ class DenseBlock(eqx.Module):
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 
-    Patches of 4 x 4 fibres shrink to a few numbers each. All of them, with the light around the possible
-    impact points, pass residual blocks as one wide vector, which returns a few numbers to each patch. A small
-    network that every patch shares joins these with the patch's own x_t, so that single fibres are not lost
-    in the narrow middle, and with its vicinity to the impact points; the wide vector scales and shifts it.
+    A small network that all patches of 4 x 4 fibres share sees x_t in and around the patch, what x_t says of
+    single photons, and its vicinity to the possible impact points, then what its neighbours have seen. A few
+    numbers of each patch, with the light around the impact points, pass residual blocks as one wide vector,
+    which returns a few to each. A second small network joins the two, and looks at its neighbours again.
     """
     embedding: Embedding
+    local: Linear
+    position: jax.Array
+    mix: Linear
     squeeze: Linear
     enter: Linear
     blocks: list
     leave: Linear
-    position: jax.Array
-    local: Linear
-    modulation: Linear
+    join: Linear
+    mix_again: Linear
+    modulations: list
     head: Linear
     detector: Detector = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
     def __init__(self, detector, conditions, maps, key, width, depth, down, up, hidden, embedding, size=4):
-        keys = iter(jax.random.split(key, 7 + depth))
-        offsets, bumps = data.vicinity(jnp.zeros(conditions), detector, size)
-        patches, near = len(bumps), offsets.shape[1] + bumps[0].size
+        keys = iter(jax.random.split(key, 11 + depth))
+        patches, near = data.near_impact(jnp.zeros(conditions), detector, size).shape
+        lights = len(data.vicinity(jnp.zeros(conditions), detector, size)[1][0])
         self.detector, self.size = detector, size
         self.embedding = Embedding(conditions, embedding, next(keys))
-        self.squeeze = Linear(size**2, down, next(keys))
-        self.enter = Linear(down * patches + bumps.shape[1], width, next(keys))
+        self.local = Linear(9 * size**2 + near, hidden, next(keys))
+        self.position = jnp.zeros((patches, hidden))
+        self.mix = Linear(2 * hidden, hidden, next(keys))
+        self.squeeze = Linear(hidden + 2 * size**2, down, next(keys))
+        self.enter = Linear(down * patches + lights, width, next(keys))
         self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
         self.leave = Linear(width, up * patches, next(keys))
-        self.position = jnp.zeros((patches, hidden))
-        self.local = Linear(up + size**2 + near, hidden, next(keys))
-        self.modulation = Linear(width, 2 * hidden, next(keys))
+        self.join = Linear(up + hidden, hidden, next(keys))
+        self.mix_again = Linear(2 * hidden, hidden, next(keys))
+        self.modulations = [Linear(n, 2 * hidden, next(keys)) for n in (embedding, width)]
         self.head = Linear(hidden, maps * size**2, next(keys), scale=0.1)
 
     def __call__(self, x, t, c):
-        inputs = data.to_patches(0.5 * x, self.size), *data.vicinity(c, self.detector, self.size)
-        patches, offsets, bumps = common.cast(inputs, self.position.dtype)     # (P, 16), (P, 3), (P, 4, 16)
-        light = data.impact_light(bumps, patches)
-        h = self.enter(jnp.concatenate([self.squeeze(patches).ravel(), light]))                     # (width,)
-        e = self.embedding(t, c)
+        size, (offsets, bumps) = self.size, data.vicinity(c, self.detector, self.size)
+        lit = [3 * jax.nn.sigmoid(lit_odds(x, t) - prior) for prior in (3, 5)]     # P(lit) at two prior odds
+        windows = [data.windows(picture, size) for picture in (x / 2, lit[0])]                      # (P, 64)
+        patches = [data.to_patches(picture, size) for picture in (x / 2, *lit)]                     # (P, 16)
+        near = jnp.concatenate([offsets, bumps.reshape(len(offsets), -1)], axis=1)              # (P, 3 + 64)
+        windows, patches, near, bumps = common.cast((windows, patches, near, bumps), self.position.dtype)
+        e, light = self.embedding(t, c), data.impact_light(bumps, patches[0])
+        own_weight, near_weight = jnp.split(self.local.weight, [9 * size**2], axis=1)
+        # the same in every step of the sampler, so computed once
+        ground = near @ near_weight.T + self.local.bias + self.position
+        own = jnp.concatenate([*windows, patches[2]], axis=1) @ own_weight.T + ground           # (P, hidden)
+        own = self.with_neighbours(self.mix, modulate(own, self.modulations[0](e)))
+        down = self.squeeze(jnp.concatenate([own, *patches[1:]], axis=1))                         # (P, down)
+        h = self.enter(jnp.concatenate([down.ravel(), light]))                                      # (width,)
         for block in self.blocks:
             h = block(h, e)
         h = normalise(h)
-        own = jnp.concatenate([self.leave(h).reshape(len(patches), -1), patches], axis=1)       # (P, up + 16)
-        near = jnp.concatenate([offsets, bumps.reshape(len(patches), -1)], axis=1)              # (P, 3 + 64)
-        own_weight, near_weight = jnp.split(self.local.weight, [own.shape[1]], axis=1)
-        # the same in every step of the sampler, so computed once
-        ground = near @ near_weight.T + self.local.bias + self.position
-        scale, shift = jnp.split(self.modulation(h), 2)
-        h = jax.nn.silu((own @ own_weight.T + ground) * (1 + scale) + shift)                    # (P, hidden)
-        return data.from_patches(self.head(h), self.size, self.detector.shape).astype(jnp.float32)
+        own = self.join(jnp.concatenate([self.leave(h).reshape(len(own), -1), own], axis=1))    # (P, hidden)
+        own = self.with_neighbours(self.mix_again, modulate(own, self.modulations[1](h)))
+        return data.from_patches(self.head(own), size, self.detector.shape).astype(jnp.float32)
+
+    def with_neighbours(self, mix, h):
+        """h (P, hidden) plus what a layer makes of it and of the patches that share an edge."""
+        around = data.neighbour_mean(h, data.patch_grid(self.detector.shape, self.size))
+        return h + jax.nn.silu(mix(jnp.concatenate([h, around], axis=1)))
 
 
-def published(detector, conditions, maps, key):
-    """The U-Net of [FM]."""
-    return papers.ResponseUNet(conditions, maps, key)
+def modulate(h, scale_and_shift):
+    """SiLU of h (P, hidden), scaled and shifted by one vector (2 hidden,)."""
+    scale, shift = jnp.split(scale_and_shift, 2)
+    return jax.nn.silu(h * (1 + scale) + shift)
 
 
-NETWORKS = {"paper": published,
-            # fewer than 100 000 parameters
-            "compact": partial(Dense, width=48, depth=2, down=4, up=4, hidden=44, embedding=32),
+NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),       # the U-Net of [FM]
+            "compact": partial(Dense, width=40, depth=2, down=3, up=4, hidden=40, embedding=32),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
 def make_network(net, how, detector, conditions, key):
-    """One map is the velocity (the paper's network with the papers' counts), four are the predicted response,
-    three more the distribution of the counts."""
-    maps = 7 if how == "sample" else 1 if net == "paper" else 4
+    """Maps: 1 the velocity (paper's network and counts) or 4 the response, 3 + ODDS more those of counts."""
+    maps = 7 + ODDS if how == "sample" else 1 if net == "paper" else 4
     return NETWORKS[net](detector, conditions, maps, key)
 
 
@@ -310,13 +356,12 @@ def main(argv=None):
         net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end,
-                                      steps=args.steps, solver=args.solver))
+                                      steps=args.steps))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    evaluations = args.steps * EVALUATIONS[args.solver] + (args.counts == "sample")
     cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),))
-    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps, solver=args.solver,
-                          evaluations=evaluations, **times)
+    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps,
+                          evaluations=args.steps + (args.counts == "sample"), **times)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ RESULTS = "benchmarks/results"
 # ----------------------------------------------------------------------------------------------------- tables
 
 MODELS = "fm", "latent_fm", "diffusion", "vae", "gan", "vqgan", "iaf"
-TRAINED = {"zn": {"fm": "fm.py --n 306780 --epochs 14",
+TRAINED = {"zn": {"fm": "fm.py --n 306780 --epochs 8",
                   "latent_fm": "latent_fm.py --n 306780 --epochs 6 --flow-epochs 30"},
-           "zp": {"fm": "fm.py --n 129676 --epochs 40",
+           "zp": {"fm": "fm.py --n 129676 --epochs 28",
                   "latent_fm": "latent_fm.py --n 129676 --epochs 14 --flow-epochs 80",
                   "iaf": "iaf.py --n 40000 --epochs 4"}}   # the others with their default flags
 ADVERSARIES = {"GAN": "", "GAN, post": "--post", "GAN + l2": "--l2 1", "GAN + l2, post": "--l2 1 --post",
@@ -91,7 +91,7 @@ def tables(detector):
     passes = [f"--steps {n} {plain}" for n in (4, 6, 8, 12, 16, 32)]
     return {
         "results": {model: f"{model}.py" for model in MODELS} | TRAINED[detector],
-        "variants": {"fm, default flags": "fm.py",
+        "variants": {"fm, default flags": "fm.py --steps 11",
                      "diffusion, 14 steps of dpm": f"diffusion.py --load {weights.format('diffusion')} {dpm}",
                      "diffusion, all rows": f"diffusion.py --n {data.ROWS[detector]} --epochs 6 {dpm}",
                      "latent_fm, published network": "latent_fm.py --net paper --epochs 5 --flow-epochs 10"},
@@ -101,7 +101,7 @@ def tables(detector):
         "stabilisers": {label: f"{gan} --epochs 2 {flags}" for label, flags in STABILISERS.items()},
         "students": {label: f"iaf.py --student-epochs 1 {flags}" for label, flags in STUDENTS.items()},
         "channels": {"direct estimates": "channels.py"},
-        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 8, 11, 16, 32)]),
+        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 5, 8, 11, 16, 32)]),
         "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
         "diffusion-sweep": sweep("diffusion", weights, solvers),
         "vqgan-sweep": sweep("vqgan", weights, passes + [f"--steps 8 {flags}" for flags in tokens]),
@@ -277,13 +277,11 @@ def networks(detector):
         c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
         step = fm.make_step(partial(fm.batch_loss, how=how, end=end), optimiser, plan)
         net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
-        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps,
-                                          solver=args.solver))
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps))
         functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(draw, c, key)
         cost = common.network_cost(net, shape, (), (conditions,))
-        evaluations = args.steps * fm.EVALUATIONS[args.solver] + (how == "sample")
-        rows.append({"label": name, **cost, "evaluations": evaluations})
+        rows.append({"label": name, **cost, "evaluations": args.steps + (how == "sample")})
     seconds = race(functions)
     for row in rows:
         step, draw = (seconds[row["label"], what] for what in ("step", "draw"))

@@ -408,6 +408,16 @@ def test_windows_by_brute_force(shape, size):
         assert found[i, j, *quarter, k, l] == pytest.approx(x[row, column] if inside else 0, rel=1e-6)
 
 
+@pytest.mark.parametrize("grid", [(11, 11), (14, 8), (1, 3)])
+def test_neighbour_mean_by_brute_force(grid):
+    h = np.random.default_rng(0).normal(size=(*grid, 5))
+    found = np.asarray(data.neighbour_mean(jnp.asarray(h.reshape(-1, 5)), grid)).reshape(h.shape)
+    for i, j in np.ndindex(grid):
+        edges = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        expected = sum(h[k, l] for k, l in edges if 0 <= k < grid[0] and 0 <= l < grid[1]) / 4
+        np.testing.assert_allclose(found[i, j], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("conditions, places", [(14, {11, 12, 13}), (9, {4, 5})])
 def test_only_impact_coordinates_have_high_frequencies(conditions, places):
     """A wave's slope is at most its frequency: 64 for the coordinates, 4 for everything else."""

@@ -19,8 +19,9 @@ SHARED = ("common", "solvers", "plots", "simulator", "data", "checkerboard", "ca
 # scores showers itself. calorimeter.py is data.py and simulator.py of its detector in one, preprocessing.py
 # what its networks see of it.
 # vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks
-# data.py has the count laws of vae.py and vqgan.py until these draw in colours, as latent_fm.py does
-BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
+# The network of fm.py sees the neighbours of each patch; data.py finds them, and has the count laws of vae.py
+# and vqgan.py until these draw in colours as well
+BUDGETS = {"fm": 335, "diffusion": 345, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 600,
            "plots": 135, "data": 515, "checkerboard": 80, "simulator": 520, "calorimeter": 420,
            "preprocessing": 190, "judge": 160, "metrics": 725, "shower_metrics": 155,
