@@ -453,7 +453,7 @@ def test_validation(trained, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    "zp --net compact --counts floor", "zn --net dense --counts round",
+    "zp --net tiny --counts floor", "zn --net dense --counts round",
     "zp --net tiny --split particles --schedule cosine",
     "zn --net tiny --cond raw --precision bf16 --counts round"])
 def test_every_kind_of_run(flags, tmp_path):
