@@ -42,8 +42,7 @@ def parse(argv):
     own = "net", "counts", "exit"
     parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=11)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
-                        help="our network (dense), one of ours with less than 100 000 parameters (compact), "
-                             "or the U-Net of [FM] (paper) (default: dense)")
+                        help="ours (dense, compact) or the U-Net of [FM] (paper) (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
                         help="get photon counts by drawing them from each fibre's distribution at --exit, by "
                              "rounding log responses or by the floor of dequantised counts (default: sample)")
@@ -55,8 +54,7 @@ def parse(argv):
 # -------------------------------------------------------------------------------------------------- objective
 
 def flow_loss(net, x1, t, c, key):
-    """Flow matching for one response x_1 (H, W) of the particle c (C,): t = 0 is noise, t = 1 is data; and
-    what we add to it, factor_loss."""
+    """Flow matching for one response x_1 (H, W) of the particle c (C,), and factor_loss; t = 0 is noise."""
     x0 = jax.random.normal(key, x1.shape)
     x = (1 - t) * x0 + t * x1                                                  # [FM, Eq. 3]
     v = x1 - x0                                                                # [FM, Eq. 4]
@@ -66,8 +64,7 @@ def flow_loss(net, x1, t, c, key):
 
 
 def velocity(maps, x, t):
-    """v_theta from the maps of the network: one map is v_theta itself. Else they predict the response x_1 by
-    two factors, E[x_1 | lit] P(lit), and v_t = (x_1 - x_t) / (1 - t) by Eq. 3 and 4."""
+    """v_theta of the maps: one map itself, else (x_1 - x_t) / (1 - t) of x_1 = E[x_1 | lit] P(lit), Eq. 3."""
     if len(maps) == 1:
         return maps[0]
     level, lit = factors(maps, x)
@@ -80,8 +77,7 @@ def factors(maps, x):
 
 
 def factor_loss(level, lit, x1):
-    """Losses of the two factors by themselves. In the loss above the gradient of P(lit) is as small as P(lit)
-    itself, where a spot of a few photons may be or not, and such spots are not learnt."""
+    """Losses of the factors: else the gradient of P(lit) is as small as P(lit), and faint spots are lost."""
     cross_entropy = 3 * optax.sigmoid_binary_cross_entropy(lit, x1 > 0)        # 3: gradients of like size
     return jnp.mean(cross_entropy + jnp.where(x1 > 0, (level - x1)**2, 0))
 
@@ -159,8 +155,8 @@ def integrate(v, x, end, steps, key):
             # solves dx/dt = (predicted - x) / (1 - t) for a prediction that is linear in time
             bend = far - t - (1 - far) * np.log((1 - t) / max(1 - far, 1e-9))
             x = x + bend / (t - last) * (predicted - before)
-        noise = jax.random.normal(key, x.shape)
-        x = s / far * x + math.sqrt((1 - s)**2 - (s / far * (1 - far))**2) * noise      # [FM, Eq. 3] of s
+        spread = math.sqrt((1 - s)**2 - (s / far * (1 - far))**2)              # what Eq. 3 lacks at s
+        x = s / far * x + spread * jax.random.normal(key, x.shape)
         before, last = predicted, t
     return x
 
@@ -300,8 +296,7 @@ class Dense(eqx.Module):
         windows, patches, near, bumps = common.cast((windows, patches, near, bumps), self.position.dtype)
         e, light = self.embedding(t, c), data.impact_light(bumps, patches[0])
         own_weight, near_weight = jnp.split(self.local.weight, [9 * size**2], axis=1)
-        # the same in every step of the sampler, so computed once
-        ground = near @ near_weight.T + self.local.bias + self.position
+        ground = near @ near_weight.T + self.local.bias + self.position  # one in all steps: computed once
         own = jnp.concatenate([*windows, patches[2]], axis=1) @ own_weight.T + ground           # (P, hidden)
         own = self.with_neighbours(self.mix, modulate(own, self.modulations[0](e)))
         down = self.squeeze(jnp.concatenate([own, *patches[1:]], axis=1))                         # (P, down)

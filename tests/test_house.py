@@ -21,7 +21,7 @@ SHARED = ("common", "solvers", "plots", "simulator", "data", "checkerboard", "ca
 # vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks
 # The network of fm.py sees the neighbours of each patch; data.py finds them, and has the count laws of vae.py
 # and vqgan.py until these draw in colours as well
-BUDGETS = {"fm": 335, "diffusion": 345, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
+BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 600,
            "plots": 135, "data": 515, "checkerboard": 80, "simulator": 520, "calorimeter": 420,
            "preprocessing": 190, "judge": 160, "metrics": 725, "shower_metrics": 155,
