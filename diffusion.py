@@ -8,9 +8,9 @@ to predict x_0, and with it epsilon, from x_t for the particle c; a response is 
     x_s = sqrt(abar_s) x^_0 + sqrt(1 - abar_s - eta_t^2) epsilon^ + eta_t noise,  s < t          (Eq. 12)
 
 Photons are counts, so the last steps are not taken, as in fm.py. With x_0 = 2 sqrt(n) the counting noise is
-about 1 in every fibre. Once the noise of x_t has fallen below that, to 2/3, x_t fixes everything that the
-fibres have in common, and the same network gives each fibre its own distribution of counts, trained by exact
-likelihood. `--counts round` is the papers' way, to compare.
+about 1 in every fibre. Once the noise of x_t has fallen below that, to 2/3, the same network gives each fibre
+its own distribution of counts, trained by exact likelihood. `--counts round` is the papers' way, to compare.
+Faint spots are what is hard to learn: see factor_loss and lit_odds.
 
     python diffusion.py --detector zn --steps 50           a quarter of an hour on two CPU cores
     python diffusion.py --load weights/diffusion-zn.eqx --generate particles.csv --out responses.h5
@@ -33,34 +33,31 @@ from common import Linear, normalise
 from simulator import DETECTORS, Detector
 
 LENGTH = 1000        # steps of the noise
-RATIO = 2 / 3        # sqrt((1 - abar) / abar), noise to signal in x_t, where counts are drawn
+ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, LENGTH))        # abar_t: Ho et al. 2020, section 4
+END = int(np.argmin(np.abs(np.sqrt(1 / ABAR - 1) - 2 / 3)))   # t at which counts are drawn: noise of 2/3
 BRIGHTEST = 4000.0   # photons in a fibre at most: four times the brightest of the open data
+ODDS = 4             # 0 to 3 photons have odds of their own, in data.count_loss
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse(argv):
     """The resolved flags of the command line."""
-    own = "net", "counts", "variance", "predict"
+    own = "net", "counts"
     parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=50)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
-                        help="our network, or for accelerators the U-Net of [FM] (paper), or that with the 4 "
-                             "million parameters of [Comparison] (paper-4m) (default: dense)")
+                        help="our network (dense), the U-Net of [FM] (paper), or that with the 4 million "
+                             "parameters of [Comparison] (paper-4m) (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round"), default="sample",
                         help="get photon counts by drawing them from each fibre's distribution, or by "
                              "rounding log responses (default: sample)")
-    parser.add_argument("--variance", choices=("linear", "cosine"), default="linear",
-                        help="schedule of the noise variance over the steps (default: linear)")
-    parser.add_argument("--predict", choices=WEIGHTS, default="velocity",
-                        help="train on the squared error of the noise, of the velocity or of the clean "
-                             "response, which weigh the times differently (default: velocity)")
     parser.add_argument("--solver", choices=("ddim", "dpm"), default="ddim",
                         help="sample with DDIM, or with DPM-Solver++(2M), which is of second order and "
                              "needs fewer steps (default: ddim)")
     parser.add_argument("--eta", type=common.number(float, 0, 1), default=0.7, metavar="ETA",
                         help="fresh noise in each step of ddim: 0 none, 1 as much as DDPM (default: 0.7)")
     args = parser.parse_args(argv)
-    longest = LENGTH - 1 - end_time(args.counts, args.variance)
+    longest = LENGTH - 1 - END if args.counts == "sample" else LENGTH
     if args.steps > longest:
         parser.error(f"--steps {args.steps}: expected at most {longest}, the times before counts are drawn")
     return args
@@ -68,18 +65,14 @@ def parse(argv):
 
 # -------------------------------------------------------------------------------------------------- objective
 
-def denoising_loss(net, x0, t, c, key, abar):
-    """Denoising diffusion for one response x_0 (H, W) of a particle c (C,) at time t of the schedule abar
-    (LENGTH,): t = 0 is data with a little noise, t = LENGTH - 1 is noise."""
-    noise = jax.random.normal(key, x0.shape)
-    x = jnp.sqrt(abar[t]) * x0 + jnp.sqrt(1 - abar[t]) * noise                 # Ho et al. 2020, Eq. 4
-    predicted = clean(net(x, t / LENGTH, c), x)
-    return jnp.mean((noise_in(x, predicted, abar[t]) - noise)**2)              # [Comparison, Eq. 11]
-
-
-def clean(maps, x):
-    """x^_0 from the maps of the network: linear in x_t, times the probability that a fibre is lit at all."""
-    return (maps[0] + maps[1] * x) * jax.nn.sigmoid(maps[2] + maps[3] * x)
+def denoising_loss(net, x0, t, c, key):
+    """Denoising diffusion for one response x_0 (H, W) of the particle c (C,): t = 0 is data with a little
+    noise, t = LENGTH - 1 is noise; and what we add to it, factor_loss."""
+    noise, abar = jax.random.normal(key, x0.shape), jnp.take(ABAR, t)
+    x = jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise                       # Ho et al. 2020, Eq. 4
+    level, lit = factors(net(x, t / LENGTH, c), x)
+    error = noise_in(x, level * jax.nn.sigmoid(lit), abar) - noise
+    return jnp.mean(error**2), factor_loss(level, lit, x0)                     # [Comparison, Eq. 11]
 
 
 def noise_in(x, x0, abar):
@@ -87,36 +80,38 @@ def noise_in(x, x0, abar):
     return (x - jnp.sqrt(abar) * x0) / jnp.sqrt(1 - abar)                      # [Comparison, Eq. 9]
 
 
-def schedule(variance):
-    """abar_t for t = 0 to LENGTH - 1, (LENGTH,): the share of the signal in the variance of x_t."""
-    if variance == "linear":
-        return np.cumprod(1 - np.linspace(1e-4, 0.02, LENGTH))                 # Ho et al. 2020, section 4
-    # Nichol and Dhariwal 2021, Eq. 17
-    level = np.cos((np.arange(LENGTH + 1) / LENGTH + 0.008) / 1.008 * np.pi / 2)**2
-    return np.cumprod(1 - np.minimum(1 - level[1:] / level[:-1], 0.999))
+# same as fm.py: factors
+def factors(maps, x):
+    """The predicted response by its two factors, E[response | lit] and the logit of P(lit), linear in x_t."""
+    return maps[0] + maps[1] * x, maps[2] + maps[3] * x
 
 
-# Factors that make Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0 (Salimans
-# and Ho 2022) or of x_0. Eq. 11 gives an error of x_0 little weight at the noisiest times, where place and
-# brightness of a shower are settled. The default was chosen on validation rows.
-WEIGHTS = {"noise": lambda abar: 1, "velocity": lambda abar: 1 / abar, "clean": lambda abar: 1 / abar - 1}
+# same as fm.py: factor_loss
+def factor_loss(level, lit, x1):
+    """Losses of the two factors by themselves. In the loss above the gradient of P(lit) is as small as P(lit)
+    itself, where a spot of a few photons may be or not, and such spots are not learnt."""
+    cross_entropy = 3 * optax.sigmoid_binary_cross_entropy(lit, x1 > 0)        # 3: gradients of like size
+    return jnp.mean(cross_entropy + jnp.where(x1 > 0, (level - x1)**2, 0))
 
 
-def end_time(how, variance):
-    """The t at which counts are drawn; -1, the response itself, where they are rounded. `how` is --counts."""
-    abar = schedule(variance)
-    return int(np.argmin(np.abs(np.sqrt((1 - abar) / abar) - RATIO))) if how == "sample" else -1
+def count_nats(net, counts, x0, c, key):
+    """-log P(counts | x_t) per fibre of one response (H, W), in nats, at END, where counts are drawn."""
+    x = np.sqrt(ABAR[END]) * x0 + np.sqrt(1 - ABAR[END]) * jax.random.normal(key, x0.shape)
+    return jnp.mean(data.count_loss(counts, *count_distribution(net(x, END / LENGTH, c), x)))
 
 
-def count_nats(net, counts, x0, t, c, key, abar):
-    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at the end."""
-    x = jnp.sqrt(abar[t]) * x0 + jnp.sqrt(1 - abar[t]) * jax.random.normal(key, x0.shape)
-    return jnp.mean(data.count_loss(counts, *count_distribution(net(x, t / LENGTH, c), x)))
-
-
+# same as fm.py: count_distribution
 def count_distribution(maps, x):
-    """Location and scale (H, W) of the distributions of 2 sqrt(n), from x_t and the last three maps."""
-    return maps[-3] + maps[-2] * x, data.bounded_scale(maps[-1])
+    """Location, scale and odds of few photons (H, W) of the counts, from x_t and the last 3 + ODDS maps."""
+    location, slope, log_scale, *odds = maps[-3 - ODDS:]
+    return location + slope * x, data.bounded_scale(log_scale), odds
+
+
+def lit_odds(x, t):
+    """log p(x_t | one photon) / p(x_t | none) of each fibre, for x_0 = 2 and 0: what x_t alone says of it.
+    The network sees it, since sums of x_t over many dark fibres are all noise. t is in units of LENGTH."""
+    abar = jnp.take(ABAR, jnp.round(t * LENGTH).astype(int))
+    return 2 * jnp.sqrt(abar) * (x - jnp.sqrt(abar)) / jnp.maximum(1 - abar, 0.0025)
 
 
 def to_state(counts, how):
@@ -124,24 +119,24 @@ def to_state(counts, how):
     return 2 * jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
 
 
-def batch_loss(net, counts, c, key, how, variance, predict):
+def batch_loss(net, counts, c, key, how):
     """Loss of counts (B, H, W) and conditions c (B, C), and its parts."""
     size, counts = len(counts), counts.astype(jnp.float32)
     time_key, noise_key = jax.random.split(key)
     keys, x0 = jax.random.split(noise_key, size), to_state(counts, how)
-    abar, end = jnp.asarray(schedule(variance), jnp.float32), end_time(how, variance)
     # half of the batch learns the way back, half the counts at its end, where alone they are drawn
-    half, first = (size // 2, end) if how == "sample" else (size, 0)
+    half, first = (size // 2, END) if how == "sample" else (size, 0)
     u = (jnp.arange(half) + jax.random.uniform(time_key, (half,))) / half      # stratified: less noise
     t = jnp.minimum(first + jnp.floor(u * (LENGTH - first)).astype(int), LENGTH - 1)
-    path_losses = jax.vmap(partial(denoising_loss, net, abar=abar))
-    path = jnp.mean(WEIGHTS[predict](abar[t]) * path_losses(x0[:half], t, c[:half], keys[:half]))
+    path, factor = jax.vmap(partial(denoising_loss, net))(x0[:half], t, c[:half], keys[:half])
+    # 1 / abar makes Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0
+    # (Salimans and Ho 2022): more weight at noisy times, which settle place and brightness of a shower
+    path, factor = jnp.mean(path / jnp.take(ABAR, t)), factor.mean()
     if how != "sample":
-        return path, {"path": path}
-    count_losses = jax.vmap(partial(count_nats, net, t=end, abar=abar))
-    nats = count_losses(counts[half:], x0[half:], c=c[half:], key=keys[half:]).mean()
+        return path + factor, {"path": path, "factors": factor}
+    nats = jax.vmap(partial(count_nats, net))(counts[half:], x0[half:], c[half:], keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
-    return path + 10 * nats, {"path": path, "nats per fibre": nats}
+    return path + factor + 10 * nats, {"path": path, "factors": factor, "nats per fibre": nats}
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -160,19 +155,20 @@ def extrapolations(abar):
     return np.where(abar[1:] < 1, np.append(0, h[1:] / h[:-1] / 2), 0)
 
 
-def sample(net, c, key, shape, how, variance, steps, solver, eta):
+def sample(net, c, key, shape, how, steps, solver, eta):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     start_key, step_key, count_key = jax.random.split(key, 3)
-    end = end_time(how, variance)
+    end = END if how == "sample" else -1                                       # -1 is the response itself
     t = LENGTH - 1 - np.round(np.linspace(0, LENGTH - 1 - end, steps + 1)).astype(int)    # noise to the end
-    abar = np.append(schedule(variance), 1.0)[t]                               # t = -1 is the response itself
+    abar = np.append(ABAR, 1.0)[t]
     eta, r = (eta, np.zeros(steps)) if solver == "ddim" else (0, extrapolations(abar))
     maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t / LENGTH, c)
 
     def step(carry, row):
         x, before = carry
         t, now, then, r, key = row
-        x0 = jnp.clip(jax.vmap(clean)(maps(x, t), x), 0, to_state(BRIGHTEST, how))  # the loss never clips
+        level, lit = jax.vmap(factors)(maps(x, t), x)
+        x0 = jnp.clip(level * jax.nn.sigmoid(lit), 0, to_state(BRIGHTEST, how))    # the loss never clips
         noise = jax.random.normal(key, x.shape) if eta else 0
         return (ddim_step(x, x0 + r * (x0 - before), now, then, eta, noise), x0), None
 
@@ -182,8 +178,8 @@ def sample(net, c, key, shape, how, variance, steps, solver, eta):
     (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows, unroll=min(steps, 10))
     if how != "sample":
         return data.as_uint16(data.rounded_counts(x))
-    location, scale = jax.vmap(count_distribution)(maps(x, end), x)
-    return data.as_uint16(data.draw_counts(location, scale, count_key))
+    location, scale, odds = jax.vmap(count_distribution)(maps(x, end), x)
+    return data.as_uint16(data.draw_counts(location, scale, count_key, odds))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -263,58 +259,82 @@ class DenseBlock(eqx.Module):
         return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
 
 
+# same as fm.py: Dense
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 
-    Patches of 4 x 4 fibres shrink to a few numbers each. All of them, with the light around the possible
-    impact points, pass residual blocks as one wide vector, which returns a few numbers to each patch. A small
-    network that every patch shares joins these with the patch's own x_t, so that single fibres are not lost
-    in the narrow middle, and with its vicinity to the impact points; the wide vector scales and shifts it.
+    A small network that all patches of 4 x 4 fibres share sees x_t in the patch and half a patch around it,
+    what x_t says of single photons, and its vicinity to the possible impact points, and then what its
+    neighbours have seen. Each patch passes on a few numbers. All of them, with the light around the impact
+    points, pass residual blocks as one wide vector, which returns a few numbers to each patch. A second small
+    network joins them with the first one's result, and looks at its neighbours again.
     """
     embedding: Embedding
+    local: Linear
+    position: jax.Array
+    mix: Linear
     squeeze: Linear
     enter: Linear
     blocks: list
     leave: Linear
-    position: jax.Array
-    local: Linear
-    modulation: Linear
+    join: Linear
+    mix_again: Linear
+    modulations: list
     head: Linear
     detector: Detector = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
     def __init__(self, detector, conditions, maps, key, width, depth, down, up, hidden, embedding, size=4):
-        keys = iter(jax.random.split(key, 7 + depth))
-        offsets, bumps = data.vicinity(jnp.zeros(conditions), detector, size)
-        patches, near = len(bumps), offsets.shape[1] + bumps[0].size
+        keys = iter(jax.random.split(key, 11 + depth))
+        patches, near = data.near_impact(jnp.zeros(conditions), detector, size).shape
+        lights = len(data.vicinity(jnp.zeros(conditions), detector, size)[1][0])
         self.detector, self.size = detector, size
         self.embedding = Embedding(conditions, embedding, next(keys))
-        self.squeeze = Linear(size**2, down, next(keys))
-        self.enter = Linear(down * patches + bumps.shape[1], width, next(keys))
+        self.local = Linear(9 * size**2 + near, hidden, next(keys))
+        self.position = jnp.zeros((patches, hidden))
+        self.mix = Linear(2 * hidden, hidden, next(keys))
+        self.squeeze = Linear(hidden + 2 * size**2, down, next(keys))
+        self.enter = Linear(down * patches + lights, width, next(keys))
         self.blocks = [DenseBlock(width, embedding, next(keys)) for _ in range(depth)]
         self.leave = Linear(width, up * patches, next(keys))
-        self.position = jnp.zeros((patches, hidden))
-        self.local = Linear(up + size**2 + near, hidden, next(keys))
-        self.modulation = Linear(width, 2 * hidden, next(keys))
+        self.join = Linear(up + hidden, hidden, next(keys))
+        self.mix_again = Linear(2 * hidden, hidden, next(keys))
+        self.modulations = [Linear(n, 2 * hidden, next(keys)) for n in (embedding, width)]
         self.head = Linear(hidden, maps * size**2, next(keys), scale=0.1)
 
     def __call__(self, x, t, c):
-        inputs = data.to_patches(0.5 * x, self.size), *data.vicinity(c, self.detector, self.size)
-        patches, offsets, bumps = common.cast(inputs, self.position.dtype)     # (P, 16), (P, 3), (P, 4, 16)
-        light = data.impact_light(bumps, patches)
-        h = self.enter(jnp.concatenate([self.squeeze(patches).ravel(), light]))                     # (width,)
-        e = self.embedding(t, c)
+        size, (offsets, bumps) = self.size, data.vicinity(c, self.detector, self.size)
+        lit = [3 * jax.nn.sigmoid(lit_odds(x, t) - prior) for prior in (3, 5)]     # P(lit) at two prior odds
+        windows = [data.windows(picture, size) for picture in (x / 2, lit[0])]                      # (P, 64)
+        patches = [data.to_patches(picture, size) for picture in (x / 2, *lit)]                     # (P, 16)
+        near = jnp.concatenate([offsets, bumps.reshape(len(offsets), -1)], axis=1)              # (P, 3 + 64)
+        windows, patches, near, bumps = common.cast((windows, patches, near, bumps), self.position.dtype)
+        e, light = self.embedding(t, c), data.impact_light(bumps, patches[0])
+        own_weight, near_weight = jnp.split(self.local.weight, [9 * size**2], axis=1)
+        # the same in every step of the sampler, so computed once
+        ground = near @ near_weight.T + self.local.bias + self.position
+        own = jnp.concatenate([*windows, patches[2]], axis=1) @ own_weight.T + ground           # (P, hidden)
+        own = self.with_neighbours(self.mix, modulate(own, self.modulations[0](e)))
+        down = self.squeeze(jnp.concatenate([own, *patches[1:]], axis=1))                         # (P, down)
+        h = self.enter(jnp.concatenate([down.ravel(), light]))                                      # (width,)
         for block in self.blocks:
             h = block(h, e)
         h = normalise(h)
-        own = jnp.concatenate([self.leave(h).reshape(len(patches), -1), patches], axis=1)       # (P, up + 16)
-        near = jnp.concatenate([offsets, bumps.reshape(len(patches), -1)], axis=1)              # (P, 3 + 64)
-        own_weight, near_weight = jnp.split(self.local.weight, [own.shape[1]], axis=1)
-        # the same in every step of the sampler, so computed once
-        ground = near @ near_weight.T + self.local.bias + self.position
-        scale, shift = jnp.split(self.modulation(h), 2)
-        h = jax.nn.silu((own @ own_weight.T + ground) * (1 + scale) + shift)                    # (P, hidden)
-        return data.from_patches(self.head(h), self.size, self.detector.shape).astype(jnp.float32)
+        own = self.join(jnp.concatenate([self.leave(h).reshape(len(own), -1), own], axis=1))    # (P, hidden)
+        own = self.with_neighbours(self.mix_again, modulate(own, self.modulations[1](h)))
+        return data.from_patches(self.head(own), size, self.detector.shape).astype(jnp.float32)
+
+    def with_neighbours(self, mix, h):
+        """h (P, hidden) plus what a layer makes of it and of the patches that share an edge."""
+        around = data.neighbour_mean(h, data.patch_grid(self.detector.shape, self.size))
+        return h + jax.nn.silu(mix(jnp.concatenate([h, around], axis=1)))
+
+
+# same as fm.py: modulate
+def modulate(h, scale_and_shift):
+    """SiLU of h (P, hidden), scaled and shifted by one vector (2 hidden,)."""
+    scale, shift = jnp.split(scale_and_shift, 2)
+    return jax.nn.silu(h * (1 + scale) + shift)
 
 
 NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),
@@ -323,8 +343,8 @@ NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),
 
 
 def make_network(net, how, detector, conditions, key):
-    """Four maps are the predicted response, three more the distribution of the counts."""
-    return NETWORKS[net](detector, conditions, 7 if how == "sample" else 4, key)
+    """Four maps are the predicted response, 3 + ODDS more the distribution of the counts."""
+    return NETWORKS[net](detector, conditions, 7 + ODDS if how == "sample" else 4, key)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -341,14 +361,13 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan = common.plan(args)
-        loss = partial(batch_loss, how=args.counts, variance=args.variance, predict=args.predict)
+        plan, loss = common.plan(args), partial(batch_loss, how=args.counts)
         scaler = data.fit_conditions(dataset.particles[split.train], args.cond)
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, steps=args.steps,
-                                      variance=args.variance, solver=args.solver, eta=args.eta))
+                                      solver=args.solver, eta=args.eta))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),))

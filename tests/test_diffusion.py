@@ -1,4 +1,4 @@
-"""diffusion.py: schedules, loss and steps against closed forms, samplers on a Gaussian, one run."""
+"""diffusion.py: schedule, loss and steps against closed forms, samplers on a Gaussian, one run."""
 import json
 from functools import partial
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.special import expit
-from scipy.stats import logistic
+from scipy.stats import norm
 
 import common
 import data
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("small_detectors", "shrunk")
 KEY = jax.random.key(0)
 FULL = dict(DETECTORS)                                                         # before they are made small
 FLAGS = [*tiny.FLAGS, "--steps", "3"]
-VARIANCES = "linear", "cosine"
+LEVELS = np.append(diffusion.ABAR, 1.0)                                        # 1 at t = -1: the response
+END = {"sample": diffusion.END, "round": -1}                                   # of the path, by --counts
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,6 @@ def shrunk():
         yield
 
 
-def levels(variance):
-    """abar_t for t = 0 to 999, and 1 for t = -1, the response itself."""
-    return np.append(diffusion.schedule(variance), 1.0)
-
-
 # ------------------------------------------------------------------------------------------------------ flags
 
 def test_steps_are_as_many_as_there_are_times(capsys):
@@ -45,7 +41,7 @@ def test_steps_are_as_many_as_there_are_times(capsys):
     with pytest.raises(SystemExit) as stop:
         diffusion.parse(["--steps", "1000"])
     assert stop.value.code == 2
-    longest = 999 - diffusion.end_time("sample", "linear")
+    longest = 999 - diffusion.END
     assert f"error: --steps 1000: expected at most {longest}" in capsys.readouterr().err
     assert diffusion.parse(["--steps", str(longest)]).steps == longest
 
@@ -60,10 +56,10 @@ def predicts(x0):
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_loss_is_the_squared_error_of_the_noise(t):
     """Eq. 11, with the x_t of a noise drawn from the key: 0 for the right x_0, SNR e^2 for an error e."""
-    abar = jnp.asarray(diffusion.schedule("linear"), jnp.float32)
+    abar = jnp.asarray(diffusion.ABAR, jnp.float32)
     rng, snr = np.random.default_rng(0), float(abar[t] / (1 - abar[t]))
     x0 = jnp.asarray(rng.normal(size=(9, 7)), jnp.float32)
-    loss = lambda net: diffusion.denoising_loss(net, x0, t, None, KEY, abar)
+    loss = lambda net: diffusion.denoising_loss(net, x0, t, None, KEY)[0]
     assert loss(predicts(x0)) == pytest.approx(0, abs=1e-6)
     assert loss(predicts(x0 + 1000)) == pytest.approx(snr * 1e6, rel=1e-3)     # never clipped
     noise = np.asarray(jax.random.normal(KEY, (9, 7)))
@@ -77,77 +73,75 @@ def test_loss_is_the_squared_error_of_the_noise(t):
     assert loss(net) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_clean_response_is_linear_times_the_probability_of_light():
-    maps, x = np.random.default_rng(1).normal(size=(7, 3, 4)), np.random.default_rng(2).normal(size=(3, 4))
-    expected = (maps[0] + maps[1] * x) * expit(maps[2] + maps[3] * x)
-    np.testing.assert_allclose(diffusion.clean(jnp.asarray(maps), jnp.asarray(x)), expected, rtol=1e-5)
+def test_factor_loss_is_that_of_the_probabilities_and_means():
+    """The cross-entropy of lit fibres, three times, and the squared error of those."""
+    rng = np.random.default_rng(1)
+    x0, maps = 2 * np.sqrt(rng.poisson(0.7, (9, 7))), rng.normal(size=(4, 9, 7))
+    states = []
+    net = lambda x, t, c: states.append(np.asarray(x)) or jnp.asarray(maps, jnp.float32)
+    found = diffusion.denoising_loss(net, jnp.asarray(x0, jnp.float32), 500, None, KEY)[1]
+    level, p = maps[0] + maps[1] * states[0], expit(maps[2] + maps[3] * states[0])
+    lit, entropy = x0 > 0, -np.log(np.where(x0 > 0, p, 1 - p))
+    assert found == pytest.approx(np.mean(3 * entropy + lit * (level - x0)**2), rel=1e-4)
 
 
-@pytest.mark.parametrize("variance, first, last", [("linear", 1 - 1e-4, 4.036e-5),
-                                                   ("cosine", 0.99996, 2.4e-9)])
-def test_ends_of_the_schedules(variance, first, last):
-    """Almost only signal at t = 0, almost none at the end (Ho et al. 2020; Nichol and Dhariwal 2021)."""
-    abar = diffusion.schedule(variance)
-    assert len(abar) == 1000 and (np.diff(abar) < 0).all()
-    assert abar[0] == pytest.approx(first, abs=2e-5) and abar[-1] == pytest.approx(last, rel=0.02)
+@pytest.mark.parametrize("t", [20, diffusion.END, 999])
+def test_lit_odds_are_bayes_rule(t):
+    x, abar = np.linspace(-2, 4, 7), diffusion.ABAR[t]
+    with_photon, without = (norm.logpdf(x, np.sqrt(abar) * x0, np.sqrt(1 - abar)) for x0 in (2, 0))
+    np.testing.assert_allclose(diffusion.lit_odds(x, t / 1000), with_photon - without, rtol=1e-3, atol=1e-5)
 
 
-def test_cosine_is_its_formula_in_the_middle():
-    """abar_t = cos^2 at t / 1000, but for the bound on beta at the end."""
-    f = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2)**2
-    t = np.arange(1, 990)
-    np.testing.assert_allclose(diffusion.schedule("cosine")[t - 1], f(t) / f(0), rtol=1e-9)
+def test_lit_odds_belong_to_their_time():
+    """No time is rounded to another one, and the odds of the clearest responses stay finite."""
+    t = jnp.arange(1000)
+    found = jax.vmap(lambda t: diffusion.lit_odds(jnp.zeros(1), t / 1000))(t)[:, 0]
+    np.testing.assert_allclose(found, -2 * LEVELS[:-1] / np.maximum(1 - LEVELS[:-1], 0.0025), rtol=1e-3)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
-def test_marginals_by_adding_noise_a_step_at_a_time(variance):
+def test_ends_of_the_schedule():
+    """Almost only signal at t = 0, almost none at the end (Ho et al. 2020)."""
+    assert len(diffusion.ABAR) == 1000 and (np.diff(LEVELS[:-1]) < 0).all()
+    assert LEVELS[0] == pytest.approx(1 - 1e-4, rel=1e-9) and LEVELS[999] == pytest.approx(4.036e-5, rel=0.02)
+
+
+def test_marginals_by_adding_noise_a_step_at_a_time():
     """q(x_t | x_0) = N(sqrt(abar_t) x_0, 1 - abar_t): the chain x <- sqrt(1 - beta) x + sqrt(beta) noise."""
-    f = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2)**2
-    betas = {"linear": np.linspace(1e-4, 0.02, 1000),
-             "cosine": [min(1 - f(t + 1) / f(t), 0.999) for t in range(1000)]}
-    abar, mean, noise = diffusion.schedule(variance), 1.0, 0.0
-    for t, beta in enumerate(betas[variance]):
+    mean, noise = 1.0, 0.0
+    for beta, abar in zip(np.linspace(1e-4, 0.02, 1000), diffusion.ABAR):
         mean, noise = np.sqrt(1 - beta) * mean, (1 - beta) * noise + beta
-        assert (mean, noise) == pytest.approx((np.sqrt(abar[t]), 1 - abar[t]), rel=1e-9)
+        assert (mean, noise) == pytest.approx((np.sqrt(abar), 1 - abar), rel=1e-9)
 
 
-@pytest.mark.parametrize("predict", ["noise", "velocity", "clean"])
-def test_weights_are_those_of_what_is_predicted(predict):
-    """The weighted square of the error of epsilon is the square of the error of the velocity or of x_0."""
+def test_weight_of_the_velocity():
+    """The square of the error of epsilon over abar is that of the error of the velocity."""
     rng, abar = np.random.default_rng(0), np.array([0.9, 0.4, 1e-3])
     x0, noise, guess = rng.normal(size=(3, 3))
     x = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
-    guess_noise = (x - np.sqrt(abar) * guess) / np.sqrt(1 - abar)              # Eq. 9
+    with jax.enable_x64(True):
+        guess_noise = np.asarray(diffusion.noise_in(x, guess, abar))           # Eq. 9
     velocity = lambda x0, noise: np.sqrt(abar) * noise - np.sqrt(1 - abar) * x0
-    expected = {"noise": (guess_noise - noise)**2, "clean": (guess - x0)**2,
-                "velocity": (velocity(guess, guess_noise) - velocity(x0, noise))**2}[predict]
-    found = diffusion.WEIGHTS[predict](abar) * (guess_noise - noise)**2
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    expected = (velocity(guess, guess_noise) - velocity(x0, noise))**2
+    np.testing.assert_allclose((guess_noise - noise)**2 / abar, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
-def test_counts_are_drawn_where_the_noise_is_two_thirds(variance):
-    abar = diffusion.schedule(variance)[diffusion.end_time("sample", variance)]
+def test_counts_are_drawn_where_the_noise_is_two_thirds():
+    abar = diffusion.ABAR[diffusion.END]
     assert np.sqrt((1 - abar) / abar) == pytest.approx(2 / 3, rel=0.003)
-    assert diffusion.end_time("round", variance) == -1
-
-
-def nats(counts, location, scale):
-    """-log P(n) of a logistic distribution of 2 sqrt(n), cut between whole counts; all below is no photon."""
-    law = logistic(location, scale)
-    below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
-    return -np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below)
 
 
 def test_likelihood_of_the_counts():
-    """Location linear in x_t, scale the exponential of the last map."""
-    abar, rng = jnp.asarray(diffusion.schedule("linear"), jnp.float32), np.random.default_rng(3)
-    counts, maps = rng.poisson(3.0, (6, 5)), rng.normal(0.5, 0.3, (7, 6, 5))
-    x = np.sqrt(abar[230]) * 2 * np.sqrt(counts) + np.sqrt(1 - abar[230]) * jax.random.normal(KEY, (6, 5))
-    expected = nats(counts, maps[4] + maps[5] * np.asarray(x, np.float64), np.exp(maps[6])).mean()
-    net, counts = lambda x, t, c: jnp.asarray(maps, jnp.float32), jnp.asarray(counts, jnp.float32)
-    found = diffusion.count_nats(net, counts, 2 * jnp.sqrt(counts), 230, None, KEY, abar)
-    assert found == pytest.approx(expected, rel=1e-4)
+    """Location linear in x_t, scale the exponential of a map; then the odds of few photons."""
+    abar, rng = diffusion.ABAR[diffusion.END], np.random.default_rng(3)
+    counts, maps = rng.poisson(3.0, (6, 5)), rng.normal(0.5, 0.3, (11, 6, 5)).astype(np.float32)
+    x = np.sqrt(abar) * 2 * np.sqrt(counts) + np.sqrt(1 - abar) * np.asarray(jax.random.normal(KEY, (6, 5)))
+    expected = data.count_loss(counts, maps[4] + maps[5] * x, np.exp(maps[6]), maps[7:]).mean()
+
+    def net(x, t, c):
+        assert t == diffusion.END / 1000
+        return jnp.asarray(maps)
+    found = diffusion.count_nats(net, jnp.asarray(counts, jnp.float32), 2 * np.sqrt(counts), None, KEY)
+    assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("counts", ["sample", "round"])
@@ -157,13 +151,13 @@ def test_states_of_a_batch(counts):
     zeros follows from the times that it met."""
     seen, response = [], np.random.default_rng(0).poisson(3.0, (44, 44)).astype(np.uint16)
     x0 = 2 * np.sqrt(response) if counts == "sample" else np.log1p(response)
-    abar, end = diffusion.schedule("linear"), diffusion.end_time(counts, "linear")
+    abar, end = diffusion.ABAR, END[counts]
 
     class Spy(eqx.Module):
         def __call__(self, x, t, c):
             jax.debug.callback(lambda x, t: seen.append((round(float(t) * 1000), np.asarray(x))), x, t)
-            return jnp.zeros((7, *x.shape))
-    loss = jax.jit(partial(diffusion.batch_loss, Spy(), how=counts, variance="linear", predict="velocity"))
+            return jnp.zeros((11, *x.shape))
+    loss = jax.jit(partial(diffusion.batch_loss, Spy(), how=counts))
     loss, parts = loss(np.repeat(response[None], 128, 0), jnp.zeros((128, 14)), KEY)
     jax.effects_barrier()
     trained, first = (64, end) if counts == "sample" else (128, 0)
@@ -178,11 +172,13 @@ def test_states_of_a_batch(counts):
     assert len({float(noise[0, 0]) for noise in noises}) == 128                # each has its own
     expected = np.mean(1 / (1 - abar[times[128 - trained:]])) * np.mean(x0**2)
     assert parts["path"] == pytest.approx(expected, rel=1e-4)
-    if counts == "round":
-        assert loss == parts["path"]
-    else:
-        assert parts["nats per fibre"] == pytest.approx(nats(response, 0, 1).mean(), rel=1e-4)
-        assert loss == pytest.approx(float(parts["path"] + 10 * parts["nats per fibre"]), rel=1e-6)
+    assert parts["factors"] == pytest.approx(3 * np.log(2) + np.mean(x0**2), rel=1e-4)
+    expected = parts["path"] + parts["factors"]
+    if counts == "sample":
+        nats = data.count_loss(response, 0.0, 1.0, [0.0] * diffusion.ODDS).mean()
+        assert parts["nats per fibre"] == pytest.approx(float(nats), rel=1e-4)
+        expected += 10 * parts["nats per fibre"]
+    assert loss == pytest.approx(float(expected), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -194,10 +190,9 @@ def factors(now, then, eta):
         return step(1.0, 0.0, 0.0), step(0.0, 1.0, 0.0), step(0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
-def test_eta_1_is_ancestral_sampling(variance):
+def test_eta_1_is_ancestral_sampling():
     """Eq. 12 with eta = 1 is, step by step, the posterior q(x_(t-1) | x_t, x_0) of Ho et al. 2020, Eq. 6."""
-    now, then = diffusion.schedule(variance), np.append(1.0, diffusion.schedule(variance)[:-1])
+    now, then = diffusion.ABAR, np.append(1.0, diffusion.ABAR[:-1])
     beta = 1 - now / then
     of_x, of_x0, of_noise = factors(now, then, 1.0)
     np.testing.assert_allclose(of_x, np.sqrt(1 - beta) * (1 - then) / (1 - now), atol=1e-7)
@@ -216,15 +211,14 @@ def test_a_step_with_the_right_response_keeps_the_marginal(now, share, eta):
     assert (of_noise > 0) == (eta > 0)
 
 
-def visited(counts, steps, variance="linear"):
+def visited(counts, steps):
     """The times of evenly spaced steps from noise to the end of the path."""
-    end = diffusion.end_time(counts, variance)
-    return np.rint(999 - np.arange(steps + 1) / steps * (999 - end)).astype(int)
+    return np.rint(999 - np.arange(steps + 1) / steps * (999 - END[counts])).astype(int)
 
 
 def test_second_order_is_dpm_solver():
     """Algorithm 2 of Lu et al. 2022, on a sequence of clean responses; its first step is of first order."""
-    abar = levels("linear")[visited("sample", 7)]
+    abar = LEVELS[visited("sample", 7)]
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
     level, clean = np.log(alpha / sigma), np.random.default_rng(0).normal(size=7)
     found = expected = 1.3
@@ -241,7 +235,7 @@ def test_second_order_is_dpm_solver():
 def spread(s, counts, steps, solver="ddim", eta=0.0):
     """Standard deviation that a sampler ends with where the data are N(0, s^2), whose x^_0 is known: by
     recursion on the covariances of x and of the x^_0 of the step before."""
-    abar = levels("linear")[visited(counts, steps)]
+    abar = LEVELS[visited(counts, steps)]
     ahead = diffusion.extrapolations(abar) if solver == "dpm" else np.zeros(steps)
     xx, xb, bb = 1.0, 0.0, 0.0
     for now, r, *step in zip(abar, ahead, *factors(abar[:-1], abar[1:], eta)):
@@ -259,7 +253,7 @@ def spread(s, counts, steps, solver="ddim", eta=0.0):
 @pytest.mark.parametrize("counts", ["sample", "round"])
 def test_reverse_of_a_gaussian(how, s, counts):
     """Many steps end in the marginal of the last state, whatever the noise on the way."""
-    abar = levels("linear")[diffusion.end_time(counts, "linear")]
+    abar = LEVELS[END[counts]]
     assert spread(s, counts, 500, **how) == pytest.approx(np.sqrt(abar * s**2 + 1 - abar), rel=0.03)
 
 
@@ -270,7 +264,7 @@ def test_response_itself_in_50_steps_of_the_second_order(s):
 
 
 def test_second_order_needs_fewer_steps():
-    exact = np.sqrt(levels("linear")[diffusion.end_time("sample", "linear")] * (4 - 1) + 1)
+    exact = np.sqrt(diffusion.ABAR[diffusion.END] * (4 - 1) + 1)
     error = lambda solver, steps: abs(spread(2.0, "sample", steps, solver) - exact)
     assert error("dpm", 20) < 0.3 * error("ddim", 20) and error("dpm", 40) < 0.4 * error("dpm", 20)
 
@@ -279,14 +273,14 @@ def test_second_order_needs_fewer_steps():
                                                  ("round", "ddim", 0)])
 def test_sample_takes_these_steps(counts, solver, eta, monkeypatch):
     """By a plain loop, with the same noise; DPM-Solver adds none."""
-    monkeypatch.setattr(data, "draw_counts", lambda location, scale, key: jnp.maximum(jnp.round(location), 0))
+    monkeypatch.setattr(data, "draw_counts", lambda location, *_: jnp.maximum(jnp.round(location), 0))
     target, shape = np.random.default_rng(0).uniform(0, 9, (12, 12)), (2, 12, 12)
     net = lambda x, t, c: jnp.stack([target * (1 - t), 0.1 + 0 * x, 30 + 0 * x, 0 * x,     # x^_0
-                                     9 * t + 0 * x, 1 + 0 * x, 0 * x])                     # the counts
-    found = diffusion.sample(net, jnp.zeros((2, 14)), KEY, shape[1:], counts, "linear", 4, solver, eta)
+                                     9 * t + 0 * x, 1 + 0 * x, *5 * [0 * x]])              # the counts
+    found = diffusion.sample(net, jnp.zeros((2, 14)), KEY, shape[1:], counts, 4, solver, eta)
     start, step_key, _ = jax.random.split(KEY, 3)
     x, before, times = np.asarray(jax.random.normal(start, shape), np.float64), 0.0, visited(counts, 4)
-    abar = levels("linear")[times]
+    abar = LEVELS[times]
     ahead, eta = (diffusion.extrapolations(abar), 0) if solver == "dpm" else (np.zeros(4), eta)
     steps = zip(times / 1000, ahead, *factors(abar[:-1], abar[1:], eta), jax.random.split(step_key, 4))
     for t, r, of_x, of_x0, of_noise, key in steps:
@@ -303,7 +297,7 @@ def test_sample_takes_these_steps(counts, solver, eta, monkeypatch):
 def test_sampler_keeps_the_predicted_response_in_the_range_of_the_data(x0, photons):
     """The last step to the response itself is x^_0."""
     net = predicts(jnp.full((12, 12), x0))
-    found = diffusion.sample(net, jnp.zeros((2, 14)), KEY, (12, 12), "round", "linear", 1, "ddim", 0)
+    found = diffusion.sample(net, jnp.zeros((2, 14)), KEY, (12, 12), "round", 1, "ddim", 0)
     assert (found == photons).all()
 
 
@@ -311,7 +305,7 @@ def test_sampler_keeps_the_predicted_response_in_the_range_of_the_data(x0, photo
 
 @pytest.mark.parametrize("net", ["dense", "paper", "paper-4m"])
 @pytest.mark.parametrize("detector", FULL)
-@pytest.mark.parametrize("counts, maps", [("sample", 7), ("round", 4)])
+@pytest.mark.parametrize("counts, maps", [("sample", 11), ("round", 4)])
 def test_maps_of_the_networks(net, detector, counts, maps):
     shape = FULL[detector].shape
     network = eqx.filter_eval_shape(diffusion.make_network, net, counts, FULL[detector], 14, KEY)
@@ -333,7 +327,7 @@ def test_published_network_has_a_loss():
     net = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
                        if hasattr(leaf, "shape") else leaf, shapes)
     counts, c = rng.poisson(1.0, (2, 12, 12)), jnp.asarray(rng.normal(size=(2, 14)), jnp.float32)
-    loss = eqx.filter_jit(partial(diffusion.batch_loss, how="sample", variance="linear", predict="velocity"))
+    loss = eqx.filter_jit(partial(diffusion.batch_loss, how="sample"))
     value, parts = loss(net, jnp.asarray(counts), c, KEY)
     assert np.isfinite(value) and parts["path"] > 0 and parts["nats per fibre"] > 0
 
@@ -361,18 +355,15 @@ def test_a_run(trained):
 def test_a_loaded_model_has_its_scores_and_its_flags(trained, tmp_path):
     folder, result = trained
     load = ["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path), "--steps", "3"]
-    others = "--net", "dense", "--counts", "round", "--variance", "cosine", "--predict", "noise"
-    again = diffusion.main([*load, *others])
+    again = diffusion.main([*load, "--net", "dense", "--counts", "round"])
     assert all(again[name] == result[name] for name in ("seen", "unseen", "flags"))
-    kept = {"net": "tiny", "counts": "sample", "variance": "linear", "predict": "velocity"}
-    assert kept.items() <= result["flags"].items()
+    assert {"net": "tiny", "counts": "sample"}.items() <= result["flags"].items()
     other = diffusion.main([*load, "--solver", "dpm", "--validate"])
     first = diffusion.main([*load, "--validate"])
     assert other["validation"]["W"]["value"] != first["validation"]["W"]["value"] and other["solver"] == "dpm"
 
 
 def test_every_other_flag(tmp_path):
-    flags = ("--counts round --variance cosine --predict noise --detector zp --cond raw --precision bf16 "
-             "--solver dpm --validate")
+    flags = "--counts round --detector zp --cond raw --precision bf16 --solver dpm --validate"
     result = diffusion.main([*FLAGS, *flags.split(), "--run", str(tmp_path)])
     assert np.isfinite(result["validation"]["W"]["value"]) and result["evaluations"] == 3
