@@ -55,7 +55,7 @@ def parse(argv):
                         help="sample with DDIM, or with DPM-Solver++(2M), which is of second order and "
                              "needs fewer steps (default: ddim)")
     parser.add_argument("--eta", type=common.number(float, 0, 1), default=0.7, metavar="ETA",
-                        help="fresh noise in each step of ddim: 0 none, 1 as much as DDPM (default: 0.7)")
+                        help="fresh noise in each step: 0 none, 1 as much as DDPM (default: 0.7)")
     args = parser.parse_args(argv)
     longest = LENGTH - 1 - END if args.counts == "sample" else LENGTH
     if args.steps > longest:
@@ -149,8 +149,9 @@ def ddim_step(x, x0, now, then, eta, noise):
 
 
 def extrapolations(abar):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is Eq. 12 without noise for x^_0 + r (x^_0 - x^_0 of the
-    step before); r of each step (steps,), 0 in the first and in a last one to the response itself."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is Eq. 12 for x^_0 + r (x^_0 - x^_0 of the step before),
+    without noise or with that of eta = 1 (their SDE-DPM-Solver++); r of each step (steps,), 0 in the first and
+    in a last one to the response itself."""
     h = np.diff(np.log(abar / np.maximum(1 - abar, 1e-8)) / 2)                 # of log signal-to-noise
     return np.where(abar[1:] < 1, np.append(0, h[1:] / h[:-1] / 2), 0)
 
@@ -161,7 +162,7 @@ def sample(net, c, key, shape, how, steps, solver, eta):
     end = END if how == "sample" else -1                                       # -1 is the response itself
     t = LENGTH - 1 - np.round(np.linspace(0, LENGTH - 1 - end, steps + 1)).astype(int)    # noise to the end
     abar = np.append(ABAR, 1.0)[t]
-    eta, r = (eta, np.zeros(steps)) if solver == "ddim" else (0, extrapolations(abar))
+    r = extrapolations(abar) if solver == "dpm" else np.zeros(steps)
     maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t / LENGTH, c)
 
     def step(carry, row):

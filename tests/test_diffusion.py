@@ -216,8 +216,10 @@ def visited(counts, steps):
     return np.rint(999 - np.arange(steps + 1) / steps * (999 - END[counts])).astype(int)
 
 
-def test_second_order_is_dpm_solver():
-    """Algorithm 2 of Lu et al. 2022, on a sequence of clean responses; its first step is of first order."""
+@pytest.mark.parametrize("eta, rate", [(0.0, 0), (1.0, 1)])
+def test_second_order_is_dpm_solver(eta, rate):
+    """Algorithm 2 of Lu et al. 2022, on a sequence of clean responses, without its noise and with it; its first
+    step is of first order."""
     abar = LEVELS[visited("sample", 7)]
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
     level, clean = np.log(alpha / sigma), np.random.default_rng(0).normal(size=7)
@@ -226,10 +228,12 @@ def test_second_order_is_dpm_solver():
         h = level[i + 1] - level[i]
         half = h / (level[i] - level[i - 1]) / 2 if i else 0                   # 1 / (2 r_i) there
         d = (1 + half) * clean[i] - half * clean[i - 1]
-        expected = sigma[i + 1] / sigma[i] * expected - alpha[i + 1] * np.expm1(-h) * d
-        of_x, of_x0, _ = factors(abar[i], abar[i + 1], 0)
+        fresh = rate * h                                                       # rate 1: with their noise
+        expected = sigma[i + 1] / sigma[i] * np.exp(-fresh) * expected - alpha[i + 1] * np.expm1(-h - fresh) * d
+        of_x, of_x0, of_noise = factors(abar[i], abar[i + 1], eta)
         found = of_x * found + of_x0 * (clean[i] + r * (clean[i] - clean[i - 1]))
         assert found == pytest.approx(expected, rel=1e-9)
+        assert of_noise == pytest.approx(sigma[i + 1] * np.sqrt(-np.expm1(-2 * fresh)), rel=1e-9, abs=1e-9)
 
 
 def spread(s, counts, steps, solver="ddim", eta=0.0):
@@ -248,7 +252,8 @@ def spread(s, counts, steps, solver="ddim", eta=0.0):
     return np.sqrt(xx)
 
 
-@pytest.mark.parametrize("how", [dict(eta=0), dict(eta=0.7), dict(eta=1), dict(solver="dpm")], ids=str)
+@pytest.mark.parametrize("how", [dict(eta=0), dict(eta=0.7), dict(eta=1), dict(solver="dpm"),
+                                 dict(solver="dpm", eta=0.5)], ids=str)
 @pytest.mark.parametrize("s", [0.3, 2.0])
 @pytest.mark.parametrize("counts", ["sample", "round"])
 def test_reverse_of_a_gaussian(how, s, counts):
@@ -272,7 +277,7 @@ def test_second_order_needs_fewer_steps():
 @pytest.mark.parametrize("counts, solver, eta", [("sample", "ddim", 0.5), ("sample", "dpm", 0.5),
                                                  ("round", "ddim", 0)])
 def test_sample_takes_these_steps(counts, solver, eta, monkeypatch):
-    """By a plain loop, with the same noise; DPM-Solver adds none."""
+    """By a plain loop, with the same noise."""
     monkeypatch.setattr(data, "draw_counts", lambda location, *_: jnp.maximum(jnp.round(location), 0))
     target, shape = np.random.default_rng(0).uniform(0, 9, (12, 12)), (2, 12, 12)
     net = lambda x, t, c: jnp.stack([target * (1 - t), 0.1 + 0 * x, 30 + 0 * x, 0 * x,     # x^_0
@@ -281,7 +286,7 @@ def test_sample_takes_these_steps(counts, solver, eta, monkeypatch):
     start, step_key, _ = jax.random.split(KEY, 3)
     x, before, times = np.asarray(jax.random.normal(start, shape), np.float64), 0.0, visited(counts, 4)
     abar = LEVELS[times]
-    ahead, eta = (diffusion.extrapolations(abar), 0) if solver == "dpm" else (np.zeros(4), eta)
+    ahead = diffusion.extrapolations(abar) if solver == "dpm" else np.zeros(4)
     steps = zip(times / 1000, ahead, *factors(abar[:-1], abar[1:], eta), jax.random.split(step_key, 4))
     for t, r, of_x, of_x0, of_noise, key in steps:
         x0 = np.maximum(target * (1 - t) + 0.1 * x, 0)
