@@ -499,44 +499,10 @@ def bounded_scale(log_scale):
     return jnp.exp(jnp.clip(log_scale, -4, 3))
 
 
-def decoded_counts(maps):
-    """Location 2 sqrt(rate) + shift and scale of decoded maps (..., 3, H, W): shift, log scale, log rate."""
-    shift, log_scale, log_rate = jnp.moveaxis(maps, -3, 0)
-    return shift + 2 * jnp.exp(jnp.clip(log_rate, -15, 9) / 2), bounded_scale(log_scale)
-
-
-def decoded_loss(counts, maps):
-    """-log P(n) of each fibre (..., H, W) for decoded maps (..., 3, H, W), plus that of a Poisson count.
-    The Poisson term is strict with bright fibres: without it, a wide distribution explains a narrow shower
-    and the latent is ignored (W of ZP's reconstruction three times as high, on validation rows)."""
-    return count_loss(counts, *decoded_counts(maps)) + poisson_loss(counts, maps[..., 2, :, :])
-
-
 def poisson_loss(counts, log_rate):
     """-log P(n) of each fibre in nats for Poisson distributions, P(n) = exp(-r) r^n / n!."""
     log_rate = jnp.clip(log_rate, -15, 9)
     return jnp.exp(log_rate) - counts * log_rate + jax.lax.lgamma(counts + 1)
-
-
-TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of 3e-7 at a rate of 10
-
-
-def draw_poisson(log_rate, key):
-    """Photon counts of Poisson distributions, from one uniform number per fibre: by inversion, term by term,
-    below a rate of FEW; above, a rounded normal with its skewness corrected (Cornish and Fisher 1938).
-    jax.random.poisson is 20 times slower."""
-    rate = jnp.exp(jnp.clip(log_rate, -15, 9))
-    u = jax.random.uniform(key, rate.shape, minval=1e-7, maxval=1 - 1e-7)
-    low = jnp.minimum(rate, FEW)
-    term = total = jnp.exp(-low)
-    counts = (u > total).astype(jnp.float32)
-    for n in range(1, TERMS):
-        term = term * low / n
-        total = total + term
-        counts += u > total
-    z = jax.scipy.special.ndtri(u)
-    normal = jnp.round(jnp.maximum(rate + jnp.sqrt(rate) * z + (z**2 - 1) / 6, 0))
-    return jnp.where(rate < FEW, counts, normal)
 
 
 def rounded_counts(x):

@@ -2,7 +2,7 @@
 
 An encoder E shrinks a response x to a latent z of a few numbers, a decoder D makes a response of it. There
 are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)):
-    vae             L = R + beta KL(q(z | x, c) || N(0, 1))                   z ~ N(0, 1)
+    vae             L = R + beta KL(q(z | x, c) || p(z | c))                  z ~ p(z | c), see Prior
     supervised      L = R + beta |E(x) - c|^2                      (Eq. 1)    z = c
     noise-l2        L = R + beta |G(c, e) - E(x)|^2                           z = G(c, e), e ~ N(0, 1)
     noise-sinkhorn  L = R + beta S((G(c, e), c), (E(x), c))        (Eq. 2)    z = G(c, e), e ~ N(0, 1)
@@ -10,8 +10,8 @@ G is a noise generator and S the Sinkhorn divergence, a distance of two distribu
 or per number of the latent, so that beta does not depend on their sizes.
 
 Photons are counts, drawn from what is decoded, so that R = -log p(x | z) has no weight to tune. Photons come
-in bursts and spread more than Poisson counts of a decoded rate (`--likelihood poisson`), so the default
-decodes a logistic distribution of 2 sqrt(n) per fibre. `mse`: squared error of log responses, as the papers.
+in bursts and spots, so they spread more than Poisson counts of a decoded rate (`--likelihood poisson`): by
+default those of checkerboard.py are drawn. `mse`: squared error of log responses, as the papers.
 
     python vae.py --detector zn                          eleven minutes of training on two CPU cores
     python vae.py --load weights/vae-zn.eqx --generate particles.csv --out responses.h5
@@ -30,6 +30,7 @@ import optax
 import common
 import data
 import metrics
+from checkerboard import Checkerboard
 from common import MLP, Linear, normal, normalise
 from layers import convolve, enlarge
 from papers import ConvBlock, MixerBlock, TransformerBlock
@@ -50,9 +51,10 @@ def parse(argv):
                              "MLP-mixer (default: mixer)")
     parser.add_argument("--variant", choices=LOSSES, default="vae",
                         help="loss, and with it the way to a latent for a new particle (default: vae)")
-    parser.add_argument("--likelihood", choices=MAPS, default="logistic",
-                        help="decode for each fibre a logistic distribution cut into counts, the rate of a "
-                             "Poisson distribution, or a log response with squared error (default: logistic)")
+    parser.add_argument("--likelihood", choices=LIKELIHOODS, default="checkerboard",
+                        help="draw counts in four colours of a checkerboard, each conditioned on earlier "
+                             "ones, or decode for each fibre the rate of a Poisson distribution, or a log "
+                             "response with squared error (default: checkerboard)")
     parser.add_argument("--latent", type=common.number(int, 1, 1024), default=24, metavar="N",
                         help="numbers in the latent; `supervised` has one for each condition (default: 24)")
     parser.add_argument("--beta", type=common.number(float, 0), default=1.0, metavar="WEIGHT",
@@ -65,26 +67,26 @@ def parse(argv):
 
 def elbo(net, counts, c, noise, likelihood):
     """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre:
-    -log p(x | z) + KL(q(z | x, c) || N(0, 1))."""
+    -log p(x | z) + KL(q(z | x, c) || p(z | c)), both by one z."""
     mean, log_std = jnp.split(net.encode(jnp.log1p(counts), c), 2)
     log_std = jnp.clip(log_std, -8, 4)
     z = mean + jnp.exp(log_std) * noise                                        # z ~ q(z | x, c)
-    divergence = 0.5 * jnp.sum(mean**2 + jnp.exp(2 * log_std) - 1 - 2 * log_std)
-    return reconstruction_loss(net.decode(z, c), counts, likelihood), divergence / counts.size
+    divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, net.embed(c))
+    return reconstruction_loss(net, z, counts, c, likelihood), divergence / counts.size
 
 
 def supervised_loss(net, counts, c, noise, likelihood):
     """The latent learns to be the particle itself; `noise` is empty."""
     z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((z - c)**2)                                            # [Comparison, Eq. 1]
-    return reconstruction_loss(net.decode(z, c), counts, likelihood), distance
+    return reconstruction_loss(net, z, counts, c, likelihood), distance
 
 
 def noise_l2_loss(net, counts, c, noise, likelihood):
     """A generator learns the latent of a particle, at best its mean: the target is the same for all noise."""
     z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((net.generate(c, noise) - z)**2)
-    return reconstruction_loss(net.decode(z, c), counts, likelihood), distance
+    return reconstruction_loss(net, z, counts, c, likelihood), distance
 
 
 def noise_sinkhorn_loss(net, counts, c, noise, likelihood):
@@ -93,22 +95,22 @@ def noise_sinkhorn_loss(net, counts, c, noise, likelihood):
     z, made = jax.vmap(net.encode)(jnp.log1p(counts), c), jax.vmap(net.generate)(c, noise)
     # beside the particle: the latents of each particle are to agree, not only those of all together
     distance = sinkhorn(jnp.hstack([made, c]), jnp.hstack([z, c])) / z.shape[1]    # [Comparison, Eq. 2]
-    error = jax.vmap(partial(reconstruction_loss, likelihood=likelihood))
-    return error(jax.vmap(net.decode)(z, c), counts), distance
+    return jax.vmap(partial(reconstruction_loss, net, likelihood=likelihood))(z, counts, c), distance
 
 
 LOSSES = {"vae": elbo, "supervised": supervised_loss,
           "noise-l2": noise_l2_loss, "noise-sinkhorn": noise_sinkhorn_loss}
-MAPS = {"logistic": 3, "poisson": 1, "mse": 1}                                 # decoded for each fibre
+LIKELIHOODS = "checkerboard", "poisson", "mse"
 
 
-def reconstruction_loss(maps, counts, likelihood):
-    """-log p(x | z), mean over the fibres of counts (H, W), from decoded maps (MAPS[likelihood], H, W)."""
-    if likelihood == "logistic":
-        return jnp.mean(data.decoded_loss(counts, maps))
+def reconstruction_loss(net, z, counts, c, likelihood):
+    """-log p(x | z), mean over the fibres of counts (H, W), or the squared error."""
+    decoded = net.decode(z, c)
+    if likelihood == "checkerboard":
+        return net.decoder.head.loss(decoded, counts)
     if likelihood == "poisson":
-        return jnp.mean(data.poisson_loss(counts, maps[0]))
-    return jnp.mean((maps[0] - jnp.log1p(counts))**2)                          # as the papers
+        return jnp.mean(data.poisson_loss(counts, decoded))
+    return jnp.mean((decoded - jnp.log1p(counts))**2)                          # as the papers
 
 
 def batch_loss(net, counts, c, key, variant, likelihood, beta):
@@ -121,8 +123,8 @@ def batch_loss(net, counts, c, key, variant, likelihood, beta):
     if variant == "vae" and likelihood == "mse":
         # a normal likelihood of the best variance: no weight to tune (Rybkin et al. 2021)
         first = 0.5 * jnp.log(first)
-    if variant == "vae" and likelihood == "logistic":
-        second *= 2                                                            # decoded_loss has two terms
+    if variant == "vae" and likelihood == "checkerboard":
+        second *= 2                                                            # its loss has two terms
     return first + beta * second, parts
 
 
@@ -163,22 +165,43 @@ def transport(cost, epsilon, rounds):
 def draw_latent(net, c, noise):
     """The latent (L,) of a new particle c (C,)."""
     if net.variant == "vae":
-        return noise
+        return net.prior.draw(noise, net.embed(c))
     return c if net.variant == "supervised" else net.generate(c, noise)
 
 
-def draw_response(maps, likelihood, key):
-    """Photon counts (B, H, W) from decoded maps (B, MAPS[likelihood], H, W)."""
-    if likelihood == "logistic":
-        return data.draw_counts(*data.decoded_counts(maps), key)
-    return data.draw_poisson(maps[:, 0], key) if likelihood == "poisson" else data.rounded_counts(maps[:, 0])
+def draw_response(net, decoded, likelihood, key):
+    """Photon counts (B, H, W) of what is decoded, (B, ...)."""
+    if likelihood == "checkerboard":
+        return jax.vmap(net.decoder.head.draw)(decoded, jax.random.split(key, len(decoded)))
+    return draw_poisson(decoded, key) if likelihood == "poisson" else data.rounded_counts(decoded)
+
+
+TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of 3e-7 at a rate of 10
+
+
+def draw_poisson(log_rate, key):
+    """Photon counts of Poisson distributions, from one uniform number per fibre: by inversion, term by term,
+    below a rate of FEW; above, a rounded normal with its skewness corrected (Cornish and Fisher 1938).
+    jax.random.poisson is 20 times slower."""
+    rate = jnp.exp(jnp.clip(log_rate, -15, 9))
+    u = jax.random.uniform(key, rate.shape, minval=1e-7, maxval=1 - 1e-7)
+    low = jnp.minimum(rate, FEW)
+    term = total = jnp.exp(-low)
+    counts = (u > total).astype(jnp.float32)
+    for n in range(1, TERMS):
+        term = term * low / n
+        total = total + term
+        counts += u > total
+    z = jax.scipy.special.ndtri(u)
+    normal = jnp.round(jnp.maximum(rate + jnp.sqrt(rate) * z + (z**2 - 1) / 6, 0))
+    return jnp.where(rate < FEW, counts, normal)
 
 
 def sample(net, c, key, likelihood):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     latent_key, count_key = jax.random.split(key)
     z = jax.vmap(partial(draw_latent, net))(c, jax.random.normal(latent_key, (len(c), net.noise)))
-    return data.as_uint16(draw_response(jax.vmap(net.decode)(z, c), likelihood, count_key))
+    return data.as_uint16(draw_response(net, jax.vmap(net.decode)(z, c), likelihood, count_key))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -280,18 +303,19 @@ class Encoder(eqx.Module):
 
 class Decoder(eqx.Module):
     """The encoder's layers in reverse: code (K,) and what each patch knows of its vicinity to the impact
-    points, or nothing, (P, N) -> maps (M, H, W)."""
+    points, or nothing, (P, N) -> features (P, 64) of the patches, for a Checkerboard, or one number for each
+    fibre (H, W)."""
     enter: Linear
     position: jax.Array
     layers: list
     local: Linear
     modulation: Linear
-    head: Linear
+    head: Checkerboard | Linear
     shape: tuple = eqx.field(static=True)
     coarse: tuple = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
-    def __init__(self, arch, shape, code, near, maps, key, hidden=64):
+    def __init__(self, arch, shape, code, near, likelihood, key, hidden=64):
         keys = jax.random.split(key, 7)
         self.shape, self.size = shape, PATCH[arch]
         grid, width = data.patch_grid(shape, self.size), WIDTH[arch]
@@ -302,7 +326,9 @@ class Decoder(eqx.Module):
         self.enter = Linear(code, math.prod(self.coarse), keys[2])
         self.position = 0.1 * jax.random.normal(keys[3], self.coarse)
         self.local, self.modulation = Linear(width + near, hidden, keys[4]), Linear(code, 2 * hidden, keys[5])
-        self.head = Linear(hidden, maps * self.size**2, keys[6], scale=0.1)
+        self.head = Linear(hidden, self.size**2, keys[6], scale=0.1)
+        if likelihood == "checkerboard":
+            self.head = Checkerboard(hidden, shape, self.size, keys[6])
 
     def __call__(self, code, near):
         h = self.enter(code).reshape(self.coarse) + self.position              # (h, w, C)
@@ -310,8 +336,45 @@ class Decoder(eqx.Module):
             h = layer(h)
         h = jnp.concatenate([normalise(h).reshape(len(near), -1), near], axis=1)   # (P, C + N)
         scale, shift = jnp.split(self.modulation(code), 2)
-        h = jax.nn.silu(self.local(h) * (1 + scale) + shift)                   # (P, hidden)
-        return data.from_patches(self.head(h), self.size, self.shape).astype(jnp.float32)
+        h = self.local(h) * (1 + scale) + shift                                # (P, hidden)
+        if isinstance(self.head, Checkerboard):
+            return h
+        return data.from_patches(self.head(jax.nn.silu(h)), self.size, self.shape)[0].astype(jnp.float32)
+
+
+class Prior(eqx.Module):
+    """p(z | c): affine couplings (Dinh et al. 2017), which lead from N(0, 1) to the latents (L,) of responses
+    of a particle. With z ~ N(0, 1) instead, what is drawn is what no response has: a fifth of ZP's light was
+    missing."""
+    layers: list
+
+    def __init__(self, latent, embedding, key, depth=6, width=128):
+        half, keys = latent // 2, jax.random.split(key, depth)
+        self.layers = [MLP(key, half + embedding, width, 2 * (latent - half)) for key in keys]
+
+    def coupling(self, layer, first, e):
+        """Shift and log scale of the second half, from the first one and an embedding e of the particle."""
+        shift, log_scale = jnp.split(layer(jnp.concatenate([first, e])).astype(jnp.float32), 2)
+        return shift, 2 * jnp.tanh(log_scale / 2)
+
+    def log(self, z, e):
+        """log p(z | c), but for the constant of a normal distribution."""
+        log_determinant = 0.0
+        for layer in self.layers:
+            first, second = jnp.split(z, [len(z) // 2])
+            shift, log_scale = self.coupling(layer, first, e)
+            z = jnp.concatenate([first, (second - shift) * jnp.exp(-log_scale)])[::-1]
+            log_determinant -= jnp.sum(log_scale)
+        return log_determinant - jnp.sum(z**2) / 2
+
+    def draw(self, noise, e):
+        """z ~ p(z | c) of noise (L,) ~ N(0, 1)."""
+        z = noise
+        for layer in self.layers[::-1]:
+            first, second = jnp.split(z[::-1], [len(z) // 2])
+            shift, log_scale = self.coupling(layer, first, e)
+            z = jnp.concatenate([first, second * jnp.exp(log_scale) + shift])
+        return z
 
 
 class Autoencoder(eqx.Module):
@@ -322,13 +385,14 @@ class Autoencoder(eqx.Module):
     decoder: Decoder
     embedding: MLP | None
     generator: MLP | None
+    prior: Prior | None
     detector: Detector = eqx.field(static=True)
     variant: str = eqx.field(static=True)
     latent: int = eqx.field(static=True)
     noise: int = eqx.field(static=True)
 
     def __init__(self, arch, variant, latent, likelihood, detector, conditions, key, width=128):
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         vae, noisy = variant == "vae", variant.startswith("noise")
         self.detector, self.variant = detector, variant
         self.latent = conditions if variant == "supervised" else latent
@@ -337,10 +401,11 @@ class Autoencoder(eqx.Module):
         self.embedding = None if noisy else MLP(keys[0], features, width, width, width)
         self.generator = MLP(keys[1], features + NOISE, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
+        self.prior = Prior(latent, width, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
         code = latent + width if vae else latent if noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
-        self.decoder = Decoder(arch, detector.shape, code, near, MAPS[likelihood], keys[3])
+        self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
     def embed(self, c):
         return self.embedding(data.with_sinusoids(c))
@@ -354,7 +419,7 @@ class Autoencoder(eqx.Module):
         return self.generator(jnp.concatenate([data.with_sinusoids(c), noise])).astype(jnp.float32)
 
     def decode(self, z, c):
-        """Maps (MAPS[likelihood], H, W) of the distribution of each fibre."""
+        """What the decoder makes of a latent z (L,) of a particle c (C,)."""
         if self.variant == "vae":
             code = jnp.concatenate([z, self.embed(c)])
         elif self.variant == "supervised":

@@ -31,6 +31,7 @@ import common
 import data
 import metrics
 import papers
+from checkerboard import Checkerboard
 from common import MLP, Linear, UserError, normalise
 from simulator import DETECTORS, Detector
 
@@ -48,8 +49,8 @@ def parse(argv):
     own = "variant", "tokens", "counts", "particle", "prior", "prior_epochs", "prior_batch"
     parser = common.parser(__doc__, "vqgan", own=own, n=60_000, epochs=6, lr=2e-3, steps=8)
     parser.add_argument("--variant", choices=("vqvae", "vqgan"), default="vqvae",
-                        help="train the autoencoder by likelihood alone (vqvae), or with perceptual and "
-                             "adversarial terms as well (vqgan) (default: vqvae)")
+                        help="train the autoencoder by likelihood alone (vqvae) or, with --counts round, "
+                             "with perceptual and adversarial terms as well (vqgan) (default: vqvae)")
     parser.add_argument("--tokens", type=int, choices=GRIDS, default=121,
                         help="describe a ZN response by 121 patches of 4 x 4 fibres with 512 codes (ZP: 112 "
                              "patches), or by 36 of 8 x 8 fibres with 256 codes (ZP: 28) (default: 121)")
@@ -81,14 +82,14 @@ def parse(argv):
 
 # -------------------------------------------------------------------------------------------------- objective
 
-def vq_loss(net, counts, c, how):
+def vq_loss(net, counts, c):
     """VQ-VAE for one response, counts (H, W), of a particle c (C,): reconstruction and commitment, the two
-    terms of the loss in nats, and decoded maps (M, H, W), encoder's vectors (P, D) and tokens (P,)."""
+    terms of the loss in nats, and what is decoded, encoder's vectors (P, D) and tokens (P,)."""
     h = unit(net.encode(counts, c))
     codes, tokens, distance = quantise(net.codebook, h)                        # [Comparison, Eq. 5]
-    maps = net.decoder(codes, c)
-    terms = reconstruction_loss(maps, counts, how), BETA * jnp.sum(distance)   # [Comparison, Eq. 6]
-    return terms, maps, h, tokens
+    decoded = net.decoder(codes, c)
+    reconstruction = reconstruction_loss(net.decoder, decoded, counts)
+    return (reconstruction, BETA * jnp.sum(distance)), decoded, h, tokens      # [Comparison, Eq. 6]
 
 
 def quantise(codebook, h):
@@ -104,11 +105,11 @@ def unit(h):
     return h * jax.lax.rsqrt(jnp.sum(h**2, axis=-1, keepdims=True) + 1e-12)
 
 
-def reconstruction_loss(maps, counts, how):
-    """-log p(counts | maps) of one response; with --counts round squared errors of the log response."""
-    if how == "round":
-        return jnp.sum(jnp.square(maps[0] - jnp.log1p(counts)))
-    return jnp.sum(data.decoded_loss(counts, maps))
+def reconstruction_loss(decoder, decoded, counts):
+    """-log p(counts | z_q) of one response; with --counts round squared errors of the log response."""
+    if decoder.fibres is None:
+        return jnp.sum(jnp.square(decoded - jnp.log1p(counts)))
+    return decoder.fibres.loss(decoded, counts) * counts.size
 
 
 def update_codebook(codebook, h, tokens, key):
@@ -131,42 +132,31 @@ def usage(tokens, codes):
     return {"perplexity": jnp.exp(jnp.sum(jax.scipy.special.entr(share))), "used": jnp.mean(share > 0)}
 
 
-def judged_loss(net, maps, commitment, counts, key, how):
-    """[FM, Eq. 7] for maps (B, M, H, W) of counts (B, H, W), and its parts: each term over the norm of its
+def judged_loss(net, made, commitment, counts):
+    """[FM, Eq. 7] for log responses `made` (B, H, W) of counts, and its parts: each term over the norm of its
     gradient. Features and critic learn from losses of their own."""
-    keys, reconstruction = jax.random.split(key, len(counts)), jax.vmap(partial(reconstruction_loss, how=how))
-    again = lambda: papers.unit_gradient(maps)                                 # 1 / || dL_k / dx' || / B
-    seen = lambda: jax.vmap(partial(seen_response, how=how))(again(), keys)
-    perceptual, fooled, own = papers.judge(net.features, net.critic, seen, counts)
+    reconstruction = jax.vmap(partial(reconstruction_loss, net.decoder))
+    again = lambda: papers.unit_gradient(made)                                 # 1 / || dL_k / dx' || / B
+    perceptual, fooled, own = papers.judge(net.features, net.critic, again, counts)
     terms = reconstruction(again(), counts) + perceptual + fooled
     # the commitment has no gradient at x': it is divided by that of the reconstruction, as both make Eq. 6
-    slope = jax.grad(lambda maps: reconstruction(maps, counts).sum())(jax.lax.stop_gradient(maps))
-    scaled = commitment / (jnp.sqrt(jnp.sum(slope**2, axis=(1, 2, 3))) + 1e-12)
+    slope = jax.grad(lambda made: reconstruction(made, counts).sum())(jax.lax.stop_gradient(made))
+    scaled = commitment / (jnp.sqrt(jnp.sum(slope**2, axis=(1, 2))) + 1e-12)
     parts = {"perceptual": perceptual.mean(), "fooled": fooled.mean()} | own
     return terms.sum() + scaled.mean() + sum(own.values()), parts
 
 
-def seen_response(maps, key, how):
-    """The log response (H, W) that features and critic see. Counts are drawn, hence whole; their gradient is
-    that of the number before it is cut into a count, softly above 0."""
-    if how == "round":
-        return maps[0]
-    x = data.draw_roots(*data.decoded_counts(maps), key)
-    soft = jnp.log1p(jnp.square(jax.nn.softplus(x)) / 4)
-    return soft + jax.lax.stop_gradient(jnp.log1p(data.root_counts(x)) - soft)
-
-
-def autoencoder_loss(net, counts, c, key, how):
+def autoencoder_loss(net, counts, c, key):
     """Stage 1: loss of counts (B, H, W) and conditions c (B, C), and (its parts, the vectors (N, D) and
     tokens (N,) of each of `codebooks`)."""
     counts = counts.astype(jnp.float32)
-    (reconstruction, commitment), maps, h, tokens = jax.vmap(partial(vq_loss, net, how=how))(counts, c)
+    (reconstruction, commitment), decoded, h, tokens = jax.vmap(partial(vq_loss, net))(counts, c)
     patches = tokens.shape[1]
     parts = {"reconstruction": reconstruction.mean() / counts[0].size,
              "commitment": commitment.mean() / patches} | usage(tokens, len(net.codebook.counts))
     loss, quantised = jnp.mean(reconstruction + commitment) / patches, [(h, tokens)]
     if net.critic is not None:
-        loss, judged = judged_loss(net, maps, commitment, counts, key, how)
+        loss, judged = judged_loss(net, decoded, commitment, counts)
         parts |= judged
     if net.particle is not None:
         h = unit(jax.vmap(net.particle.encode)(c))
@@ -209,27 +199,26 @@ def prior_loss(net, tokens, c, key):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-def sample(net, c, key, how, steps, temperature, top_k):
+def sample(net, c, key, steps, temperature, top_k):
     """Draw one response for each condition c (B, C) from a VQGAN: photon counts uint16 (B, H, W)."""
     token_key, count_key = jax.random.split(key)
     given = c if net.particle is None else jax.vmap(net.particle.tokens)(c)
     generate = partial(generate_masked, steps=steps) if isinstance(net.prior, Masked) else generate_gpt
     tokens = generate(net.prior, given, token_key, temperature=temperature, top_k=top_k)
-    return decode_counts(net.decoder, net.codes[tokens], c, count_key, how)
+    return decode_counts(net.decoder, net.codes[tokens], c, count_key)
 
 
-def decode_counts(decoder, codes, c, key, how):
+def decode_counts(decoder, codes, c, key):
     """Photon counts uint16 (B, H, W) of code vectors (B, P, D)."""
-    maps = jax.vmap(decoder)(codes, c)                                         # (B, 3 or 1, H, W)
-    if how == "round":
-        return data.as_uint16(data.rounded_counts(maps[:, 0]))
-    return data.as_uint16(data.draw_counts(*data.decoded_counts(maps), key))
+    decoded = jax.vmap(decoder)(codes, c)
+    if decoder.fibres is None:
+        return data.as_uint16(data.rounded_counts(decoded))                    # log responses (B, H, W)
+    return data.as_uint16(jax.vmap(decoder.fibres.draw)(decoded, jax.random.split(key, len(c))))
 
 
-def reconstruct(net, counts, c, key, how):
+def reconstruct(net, counts, c, key):
     """Responses (B, H, W) encoded and decoded again, once."""
-    codes = net.codebook.vectors[encode_block(net, counts, c, key)]
-    return decode_counts(net.decoder, codes, c, key, how)
+    return decode_counts(net.decoder, net.codebook.vectors[encode_block(net, counts, c, key)], c, key)
 
 
 def encode_block(net, counts, c, key):
@@ -464,22 +453,28 @@ class PatchNetwork(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Code vectors (P, D) -> maps (M, H, W), those of data.decoded_counts or the log response."""
+    """Code vectors (P, D) -> features (P, 64) of the patches, from which `fibres` draws counts, or with
+    --counts round the log response (H, W)."""
     embedding: Embedding
     dense: PatchNetwork
+    fibres: Checkerboard | None
     grid: Grid = eqx.field(static=True)
 
-    def __init__(self, grid, how, key, width=192, depth=2, hidden=96, embedding=128):
-        keys, (patches, near) = iter(jax.random.split(key, 6 + depth)), grid.sizes
+    def __init__(self, grid, how, key, width=192, depth=2, hidden=96, embedding=128, features=64):
+        keys, (patches, near) = iter(jax.random.split(key, 7 + depth)), grid.sizes
         self.grid, self.embedding = grid, Embedding(grid.conditions, embedding, next(keys))
-        outputs = (1 if how == "round" else 3) * grid.size**2
+        outputs = grid.size**2 if how == "round" else features
         self.dense = PatchNetwork(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden,
                                   64, embedding)
+        shape = grid.detector.shape
+        self.fibres = None if how == "round" else Checkerboard(features, shape, grid.size, next(keys))
 
     def __call__(self, codes, c):
         own = jnp.concatenate([codes, self.grid.near(c)], axis=1)
-        fibres = self.dense(codes, self.embedding(0.0, c[:self.grid.conditions]), own)   # (P, M size^2)
-        return data.from_patches(fibres, self.grid.size, self.grid.detector.shape).astype(jnp.float32)
+        h = self.dense(codes, self.embedding(0.0, c[:self.grid.conditions]), own)        # (P, outputs)
+        if self.fibres is not None:
+            return h
+        return data.from_patches(h, self.grid.size, self.grid.detector.shape)[0].astype(jnp.float32)
 
 
 class Codebook(eqx.Module):
@@ -603,16 +598,15 @@ def train_stages(args, grid, dataset, split, scaler):
         raise UserError(f"--prior-batch {args.prior_batch}: expected 2 to {len(rows)}, the training rows, "
                         "and a multiple of --devices")
     first, second = stage_plans(common.plan(args), args.stage, args.prior_epochs, args.prior_batch)
-    loss = partial(autoencoder_loss, how=args.counts)
     net = Autoencoder(grid, c.shape[1], args.counts, args.variant, first.keys[0])
-    net, times = train(net, loss, (dataset.responses, c), rows, first)
+    net, times = train(net, autoencoder_loss, (dataset.responses, c), rows, first)
     encode = eqx.filter_jit(eqx.Partial(encode_block, net))
     tokens, given = common.in_blocks(encode, jax.random.key(0), dataset.responses, c), c
     found = {"stage1": times, "codebook": print_usage("patches", tokens[rows], grid.codes)}
     if net.particle is not None:
         given = np.asarray(eqx.filter_jit(lambda net, c: jax.vmap(net.tokens)(c))(net.particle, c))
         found["particle codebook"] = print_usage("particles", given[rows], papers.PARTICLE_CODES)
-    redraw = eqx.filter_jit(eqx.Partial(reconstruct, net, how=args.counts))
+    redraw = eqx.filter_jit(eqx.Partial(reconstruct, net))
     found["reconstruction"] = metrics.score_reconstruction(args, redraw, scaler, dataset, split)
     if args.stage == "1":
         return None, found
@@ -648,6 +642,8 @@ def cost(net, conditions, steps):
 def main(argv=None):
     """Train (or load), then score or generate. Returns what metrics.json holds."""
     args = parse(argv)
+    if args.variant == "vqgan" and args.counts == "sample":
+        raise UserError("--variant vqgan needs --counts round: its features and critic see log responses")
     common.prepare_jax()
     conditions = data.CONDITIONS[args.cond]
     grid = Grid(DETECTORS[args.detector], *GRIDS[args.tokens], conditions if args.particle == "embed" else 0)
@@ -664,8 +660,8 @@ def main(argv=None):
         if args.stage == "1":
             return found
         net = common.save_model(args.run, args.header, scaler, found, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, how=args.counts, steps=args.steps,
-                                      temperature=args.temperature, top_k=args.top_k))
+    draw = eqx.filter_jit(eqx.Partial(sample, net, steps=args.steps, temperature=args.temperature,
+                                      top_k=args.top_k))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     sizes = common.BATCHES if args.prior == "masked" else common.BATCHES[:4]

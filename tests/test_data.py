@@ -571,21 +571,6 @@ def test_root_counts_undo_the_square_root():
     assert (data.root_counts(jnp.array([-5.0, 0.0, 1.41])) == 0).all() and data.root_counts(1.42) == 1
 
 
-def test_decoded_maps_are_two_distributions():
-    """A logistic one, whose location is shifted from the root of the rate, and a Poisson one of that rate."""
-    rng = np.random.default_rng(0)
-    maps, counts = rng.normal(0, [[1.5], [0.5], [1.5]], (3, 200)), rng.poisson(3, 200)
-    grid = lambda values: jnp.asarray(values, jnp.float32).reshape(*values.shape[:-1], 10, 20)
-    location, scale = maps[0] + 2 * np.exp(maps[2] / 2), np.exp(maps[1])
-    found = jax.jit(data.decoded_counts)(grid(maps))
-    np.testing.assert_allclose(np.ravel(found[0]), location, rtol=1e-4)
-    np.testing.assert_allclose(np.ravel(found[1]), scale, rtol=1e-4)
-    expected = -np.log(probabilities(counts, location, scale)) - poisson(np.exp(maps[2])).logpmf(counts)
-    batch = np.stack([grid(counts)] * 2), np.stack([grid(maps)] * 2)
-    for loss in jax.jit(data.decoded_loss)(*batch):                            # (10, 20) each
-        np.testing.assert_allclose(np.ravel(loss), expected, rtol=1e-3, atol=1e-3)
-
-
 def test_the_scale_is_bounded():
     found = data.bounded_scale(jnp.array([-99.0, 0.5, 99.0]))
     np.testing.assert_allclose(found, np.exp([-4, 0.5, 3]), rtol=1e-6)
@@ -596,29 +581,6 @@ def test_poisson_loss_is_the_log_likelihood():
     log_rate, counts = rng.normal(0, 2, 500), rng.poisson(3, 500)
     found = data.poisson_loss(jnp.asarray(counts, jnp.float32), jnp.asarray(log_rate, jnp.float32))
     np.testing.assert_allclose(found, -poisson(np.exp(log_rate)).logpmf(counts), rtol=1e-4, atol=1e-5)
-
-
-draw_poisson = jax.jit(data.draw_poisson)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.one_of(st.floats(1e-4, 12), st.floats(12, 500)), st.integers(0, 2**31 - 1))
-def test_poisson_draws(rate, seed):
-    draws = draw_poisson(jnp.full(20_000, np.log(rate), jnp.float32), jax.random.key(seed))
-    assert_drawn_from(draws, poisson(rate).pmf)
-
-
-def test_poisson_draws_at_the_edges():
-    """The rates are clipped; on both sides of FEW the tail is that of the distribution."""
-    log_rates = np.log([0.98 * data.FEW, 1.02 * data.FEW]).tolist()
-    rates = jnp.float32([-99, -15, 9, 99, *log_rates])[:, None] * jnp.ones(400_000)
-    dark, darker, bright, brighter, *draws = np.asarray(draw_poisson(rates, KEY))
-    assert max(dark.mean(), darker.mean()) < 1e-5                              # exp(-15) is 3e-7
-    for many in (bright, brighter):
-        assert many.mean() == pytest.approx(np.exp(9), rel=1e-3)
-    for log_rate, many in zip(log_rates, draws):
-        for n in (5, 10, 20, 25):
-            assert (many > n).mean() == pytest.approx(poisson(np.exp(log_rate)).sf(n), rel=0.15, abs=2e-5)
 
 
 def test_log_responses_are_rounded():

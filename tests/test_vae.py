@@ -3,6 +3,7 @@ against scipy, one run."""
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.stats import chisquare, logistic, norm, poisson
+from scipy.stats import chisquare, norm, poisson
 
 import common
 import data
@@ -35,7 +36,7 @@ def shrunk():
         yield
 
 
-def network(arch="mixer", variant="vae", likelihood="logistic", detector="zn", conditions=14):
+def network(arch="mixer", variant="vae", likelihood="checkerboard", detector="zn", conditions=14):
     return vae.Autoencoder(arch, variant, 3, likelihood, data.DETECTORS[detector], conditions, KEY)
 
 
@@ -49,11 +50,17 @@ def filled_network(*which):
 
 # -------------------------------------------------------------------------------------------------- objective
 
+class NormalPrior:
+    log = staticmethod(lambda z, e: -jnp.sum(z**2) / 2)
+    draw = staticmethod(lambda noise, e: noise)
+
+
 class OneFibre:
     """Latent z ~ N(0, 1), photons from a Poisson distribution of the rate exp(z), any normal q(z | x)."""
-    mean, std = 0.3, 0.6
+    mean, std, prior = 0.3, 0.6, NormalPrior
+    embed = staticmethod(lambda c: c)
     encode = staticmethod(lambda x, c: jnp.log(jnp.array([math.exp(0.3), 0.6])))
-    decode = staticmethod(lambda z, c: z.reshape(1, 1, 1))
+    decode = staticmethod(lambda z, c: z.reshape(1, 1))
 
 
 def test_elbo_misses_the_likelihood_by_the_divergence_from_the_posterior():
@@ -65,15 +72,17 @@ def test_elbo_misses_the_likelihood_by_the_divergence_from_the_posterior():
     divergence = (q.pdf(z) * (q.logpdf(z) - joint + log_p)).sum() * (z[1] - z[0])
     loss = lambda noise: vae.elbo(OneFibre, jnp.full((1, 1), float(n)), jnp.zeros(14), noise, "poisson")
     reconstruction, kl = jax.vmap(loss)(jax.random.normal(KEY, (100_000, 1)))
-    assert reconstruction.mean() + kl[0] == pytest.approx(divergence - log_p, rel=0.01)
-    assert kl[0] == pytest.approx((q.pdf(z) * (q.logpdf(z) - norm.logpdf(z))).sum() * (z[1] - z[0]), rel=1e-4)
+    assert reconstruction.mean() + kl.mean() == pytest.approx(divergence - log_p, rel=0.01)
+    expected = (q.pdf(z) * (q.logpdf(z) - norm.logpdf(z))).sum() * (z[1] - z[0])
+    assert kl.mean() == pytest.approx(expected, rel=0.01)
 
 
 class ThreeLatents:
     """Encoder and generator whose latents are known."""
+    prior, embed = NormalPrior, staticmethod(lambda c: c)
     encode = staticmethod(lambda x, c: 3 * c)
     generate = staticmethod(lambda c, noise: c + noise)
-    decode = staticmethod(lambda z, c: jnp.zeros((1, 2, 2)))
+    decode = staticmethod(lambda z, c: jnp.zeros((2, 2)))
 
 
 def test_latents_of_eq_1_and_of_the_noise_generator():
@@ -99,34 +108,35 @@ def test_sinkhorn_generator_matches_the_latents_of_each_particle():
     assert distance(2 * c) > 0.05                                              # their means alone
 
 
-def logistic_law(maps):
-    """Distribution of 2 sqrt(n) from three maps: shift from the root of the rate, log scale, log rate."""
-    return logistic(maps[0] + 2 * np.exp(maps[2] / 2), np.exp(maps[1]))
+class Decoder:
+    class head:
+        loss = staticmethod(lambda h, counts: jnp.mean(3 * h - counts))
+        draw = staticmethod(lambda h, key: h)
 
 
 def test_reconstruction_loss_is_the_log_likelihood():
-    """Logistic: P(n) = F(2 sqrt(n + 1/2)) - F(2 sqrt(n - 1/2)), all below for n = 0, beside a Poisson one."""
+    """That of checkerboard.py, of a Poisson distribution, or squares."""
     rng = np.random.default_rng(1)
-    maps, counts = rng.normal(0, [[1.5], [0.5], [1.5]], (3, 200)), rng.poisson(3, 200)
-    found = lambda maps, likelihood: vae.reconstruction_loss(jnp.float32(maps).reshape(-1, 10, 20),
-                                                             jnp.float32(counts).reshape(10, 20), likelihood)
-    rate = -poisson(np.exp(maps[2])).logpmf(counts).mean()
-    assert found(maps[2], "poisson") == pytest.approx(rate, rel=1e-4)
-    law = logistic_law(maps)
-    below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
-    expected = -np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below).mean()
-    assert found(maps, "logistic") == pytest.approx(expected + rate, rel=1e-4)
-    assert found(maps[0], "mse") == pytest.approx(np.mean((maps[0] - np.log1p(counts))**2), rel=1e-5)
+    decoded, counts = np.float32(rng.normal(0, 1.5, (10, 20))), rng.poisson(3, (10, 20)).astype(np.float32)
+
+    class Net:
+        decode, decoder = staticmethod(lambda z, c: z + c), Decoder
+    expected = {"checkerboard": (3 * decoded - counts).mean(),
+                "poisson": -poisson(np.exp(decoded)).logpmf(counts).mean(),
+                "mse": np.mean((decoded - np.log1p(counts))**2)}
+    for likelihood, value in expected.items():
+        found = vae.reconstruction_loss(Net, decoded - 1, counts, 1.0, likelihood)
+        assert found == pytest.approx(float(value), rel=1e-4)
 
 
 def test_batch_loss_weighs_its_terms():
-    """Both terms of "logistic" count the latent; a squared error is a normal likelihood of best variance."""
+    """Both terms of "checkerboard" count the latent; squares are a normal likelihood of best variance."""
     counts, c = np.full((5, 1, 1), 4, np.uint16), np.zeros((5, 14), np.float32)
 
     class Net(OneFibre):
         noise = 1
-        decode = staticmethod(lambda z, c: jnp.broadcast_to(z[0], (3, 1, 1)))
-    for likelihood, weight in (("logistic", 2), ("poisson", 1), ("mse", 1)):
+        decoder = Decoder
+    for likelihood, weight in (("checkerboard", 2), ("poisson", 1), ("mse", 1)):
         loss, parts = vae.batch_loss(Net, counts, c, KEY, "vae", likelihood, beta=0.7)
         first = float(parts["reconstruction"])
         if likelihood == "mse":                # -log N(x; 0, v) at v = <x^2>, but for a constant
@@ -206,17 +216,15 @@ def test_sinkhorn_stays_finite(scale):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-@pytest.mark.parametrize("maps", [(-3.0, 0.2, -2.0), (0.3, -0.7, 1.5), (0.0, -0.5, 5.0)])
-def test_logistic_draws_follow_the_loss(maps):
-    each = jnp.broadcast_to(jnp.array(maps)[:, None, None], (1, 3, 200, 500))
-    drawn, law = np.asarray(vae.draw_response(each, "logistic", KEY)).ravel(), logistic_law(np.array(maps))
-    for n in np.unique(np.quantile(drawn, (0.05, 0.3, 0.5, 0.8, 0.99)).astype(int)):
-        assert (drawn <= n).mean() == pytest.approx(law.cdf(2 * np.sqrt(n + 0.5)), abs=0.005)
+def test_counts_are_those_of_the_checkerboard():
+    decoded = jnp.arange(8.0).reshape(2, 2, 2)
+    found = vae.draw_response(SimpleNamespace(decoder=Decoder), decoded, "checkerboard", KEY)
+    np.testing.assert_array_equal(found, decoded)
 
 
 @jax.jit
 def draw_poisson(rates, key):
-    return vae.draw_response(jnp.log(rates).reshape(1, 1, 1, -1), "poisson", key).ravel()
+    return vae.draw_response(None, jnp.log(rates).reshape(1, 1, -1), "poisson", key).ravel()
 
 
 @settings(deadline=None, max_examples=30)
@@ -246,7 +254,7 @@ def test_poisson_draws_at_the_edges():
 
 def test_log_responses_are_rounded():
     counts = np.random.default_rng(3).poisson(2, (2, 44, 44))
-    drawn = vae.draw_response(jnp.log1p(jnp.float32(counts))[:, None], "mse", KEY)
+    drawn = vae.draw_response(None, jnp.log1p(jnp.float32(counts)), "mse", KEY)
     np.testing.assert_array_equal(drawn, counts)
 
 
@@ -258,9 +266,9 @@ def test_new_latents_are_those_of_the_loss():
 
 
 def test_samples_have_a_fresh_latent_each_and_fresh_photons_in_each_fibre():
-    class Net:
+    class Net(ThreeLatents):
         variant, noise = "vae", 1
-        decode = staticmethod(lambda z, c: jnp.broadcast_to(c[0] + z[0], (1, 10, 10)))    # rate exp(c + z)
+        decode = staticmethod(lambda z, c: jnp.broadcast_to(c[0] + z[0], (10, 10)))    # rate exp(c + z)
     many = jax.jit(partial(vae.sample, Net, likelihood="poisson"))(jnp.full((2000, 14), 5.0), KEY)
     assert many.shape == (2000, 10, 10) and many.dtype == jnp.uint16
     rates = np.mean(many, axis=(1, 2))
@@ -271,11 +279,23 @@ def test_samples_have_a_fresh_latent_each_and_fresh_photons_in_each_fibre():
 
 # ---------------------------------------------------------------------------------------------------- network
 
+@pytest.mark.parametrize("latent", [1, 2, 3, 24])
+def test_prior_is_the_density_of_its_draws(latent):
+    """log p of a draw is that of its noise less the logarithm of the determinant of the draw's Jacobian."""
+    prior, rng = vae.Prior(latent, 5, KEY, depth=4, width=8), np.random.default_rng(0)
+    draw = jax.jit(jax.vmap(prior.draw))
+    noise, e = (jnp.asarray(rng.normal(size=(6, n)), jnp.float32) for n in (latent, 5))
+    z, slope = draw(noise, e), jax.jit(jax.vmap(jax.jacobian(prior.draw)))(noise, e)
+    expected = -np.sum(noise**2, axis=1) / 2 - np.linalg.slogdet(np.asarray(slope, np.float64))[1]
+    np.testing.assert_allclose(jax.jit(jax.vmap(prior.log))(z, e), expected, rtol=1e-3, atol=1e-3)
+    assert (np.abs(draw(noise, e + 1) - z) > 1e-4).all()                       # it depends on the particle
+
+
 @pytest.mark.parametrize("detector", data.DETECTORS)
 @pytest.mark.parametrize("arch, variant", EVERY)
 def test_shapes(arch, variant, detector):
     shape = data.DETECTORS[detector].shape
-    for likelihood, conditions, precision in (("logistic", 14, "f32"), ("mse", 9, "bf16")):
+    for likelihood, conditions, precision in (("checkerboard", 14, "f32"), ("mse", 9, "bf16")):
         net = eqx.filter_eval_shape(network, arch, variant, likelihood, detector, conditions)
         counts, c = np.zeros((4, *shape), np.uint16), np.zeros((4, conditions), np.float32)
         lowered = common.lower(net, precision), counts, c, KEY
@@ -301,7 +321,7 @@ def test_what_encoder_and_decoder_see_of_the_particle(variant, small_detectors):
 
 
 @pytest.mark.parametrize("arch, variant, likelihood", [
-    ("cnn", "noise-sinkhorn", "poisson"), ("vit", "supervised", "mse")])
+    ("cnn", "noise-sinkhorn", "poisson"), ("mixer", "vae", "checkerboard"), ("vit", "supervised", "mse")])
 def test_every_weight_learns(arch, variant, likelihood, small_detectors):
     rng = np.random.default_rng(0)
     counts, c = rng.poisson(2, (6, 12, 12)).astype(np.uint16), rng.normal(size=(6, 14)).astype(np.float32)
