@@ -75,13 +75,18 @@ class Checkerboard(eqx.Module):
 
     def draw(self, h, key):
         """Photon counts (H, W)."""
+        roots = self.draw_roots(h, key, lambda *law: jnp.sqrt(data.draw_counts(*law)))
+        return jnp.round(jnp.square(roots))
+
+    def draw_roots(self, h, key, draw):
+        """Roots of photon counts (H, W), those of each colour by draw(location, scale, key, odds)."""
         seen, drawn = [], {}
         for k, (log_rate, key) in enumerate(zip(self.log_rates(h), jax.random.split(key, len(COLOURS)))):
             location, scale, odds = self.distribution(h, log_rate, seen)
-            n = data.draw_counts(location, scale, key, odds)
+            roots = draw(location, scale, key, odds)
             # else XLA draws a count again for each window that holds it: twice the time
-            n = jnp.matmul(n, jnp.eye(n.shape[1]), precision="highest")
-            drawn[COLOURS[k]] = self.picture(n, k)
-            seen.append(jnp.sqrt(drawn[COLOURS[k]]))
+            roots = jnp.matmul(roots, jnp.eye(roots.shape[1]), precision="highest")
+            seen.append(self.picture(roots, k))
+            drawn[COLOURS[k]] = seen[-1]
         blocks = jnp.stack([drawn[first] for first in sorted(drawn)], axis=-1)     # (H / 2, W / 2, 4)
         return data.from_patches(blocks.reshape(-1, len(COLOURS)), 2, self.shape)[0]

@@ -483,12 +483,6 @@ def draw_counts(location, scale, key, odds=()):
     return jnp.where(u < above, jnp.maximum(many, len(odds)), few)
 
 
-def draw_roots(location, scale, key):
-    """Numbers on the axis 2 sqrt(n) from the logistic distributions alone, by inversion."""
-    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
-    return location + scale * jnp.log(u / (1 - u))
-
-
 def root_counts(x):
     """The whole counts that numbers x on the axis 2 sqrt(n) stand for."""
     return jnp.floor(jnp.square(jnp.maximum(x, 0) / 2) + 0.5)

@@ -10,8 +10,8 @@ which stays as a weak term that holds single fibres in place (`--anchor`). Varia
 the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), the peak where
 the real one is (`--aux`), a factor for all counts (`--post`).
 
-Photons are counts: G gives each fibre a logistic distribution of 2 sqrt(n), as fm.py, and a count is drawn
-from it; the gradient is that of a softened count. `--counts round` rounds log responses, as the papers do.
+Photons are counts: G gives them the distributions of checkerboard.py, from which they are drawn; the gradient
+is that of softened counts. `--counts round` rounds log responses, as the papers do.
 
     python gan.py --detector zn                          ten minutes of training on two CPU cores
     python gan.py --load weights/gan-zn.eqx --generate particles.csv --out responses.h5
@@ -31,6 +31,7 @@ import optax
 import common
 import data
 import metrics
+from checkerboard import Checkerboard
 from common import MLP, Linear, normalise
 from papers import TransformerBlock
 from simulator import DETECTORS, Detector
@@ -102,12 +103,12 @@ def gradient_penalty(critic, x, c):
     return jnp.sum(jax.grad(lambda x: critic(x, c)[0])(x)**2)
 
 
-def anchor_loss(maps, counts, how):
-    """-log P(n) per fibre of one response (H, W), nats, or the squared error of log responses: it holds
-    single fibres in place, which a critic sees last."""
+def anchor_loss(generator, made, counts, how):
+    """-log P(n) per fibre of one response (H, W), nats, for what a generator made, or the squared error of log
+    responses: it holds single fibres in place, which a critic sees last."""
     if how == "round":
-        return jnp.mean((maps[0] - picture(counts, how))**2)
-    return jnp.mean(data.count_loss(counts, *count_distribution(maps)))
+        return jnp.mean((made - picture(counts, how))**2)
+    return generator.fibres.loss(made, counts)
 
 
 def diversity_loss(embedding, other, noise, other_noise, spread):
@@ -147,11 +148,12 @@ def batch_loss(net, counts, c, key, how, loss, weights):
     noise_key, count_key, other_key, other_count_key = jax.random.split(key, 4)
 
     def make(noise, key):
-        maps = jax.vmap(net.generator)(c, noise)
-        return maps, jax.vmap(partial(draw_picture, how=how))(maps, key=jax.random.split(key, size))
+        features = jax.vmap(net.generator)(c, noise)
+        draw = partial(draw_picture, net.generator, how=how)
+        return features, jax.vmap(draw)(features, key=jax.random.split(key, size))
 
     noise = jax.random.normal(noise_key, (size, NOISE))
-    maps, made = make(noise, count_key)
+    features, made = make(noise, count_key)
     critic = lambda x: jax.vmap(net.critic)(x, c)
     frozen_critic = lambda x: jax.vmap(frozen(net.critic))(x, c)
     real, fake = critic(x)[0], critic(frozen(made))[0]
@@ -163,7 +165,8 @@ def batch_loss(net, counts, c, key, how, loss, weights):
         penalties = jax.vmap(partial(gradient_penalty, net.critic))(*both)
         parts["penalty"] = penalties.mean()                                    # R1 / 2 + R2 / 2
     if weights.anchor:
-        parts["anchor"] = jax.vmap(partial(anchor_loss, how=how))(maps, counts).mean()
+        anchor = partial(anchor_loss, net.generator, how=how)
+        parts["anchor"] = jax.vmap(anchor)(features, counts).mean()
     if weights.l2:
         parts["l2"] = jnp.mean((made - x)**2)                                  # Isola et al. 2017
     if weights.sdi:
@@ -188,21 +191,19 @@ def picture(counts, how):
     return jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
 
 
-def count_distribution(maps):
-    """Location and scale of each fibre's logistic distribution on the axis 2 sqrt(n), from the two maps."""
-    return maps[0], data.bounded_scale(maps[1])
+def draw_picture(generator, made, how, key):
+    """x of what a generator made, photon counts drawn, or with --counts round the log response itself."""
+    return made if how == "round" else generator.fibres.draw_roots(made, key, draw_softly)
 
 
-def draw_picture(maps, how, key):
-    """x of counts drawn from a generator's maps (M, H, W): whole counts forward, a smooth gradient backward,
-    that of half a number on the axis 2 sqrt(n) with a soft step from 0 to 1 photon. With the gradient
-    straight through the rounding, the many dark fibres, which no small change makes bright, would outweigh
-    all others."""
-    if how == "round":
-        return maps[0]
-    roots = data.draw_roots(*count_distribution(maps), key)
-    exact = jnp.sqrt(data.root_counts(roots))
-    over = (roots - 2**0.5) / SOFTNESS                                         # where 0 photons become 1
+def draw_softly(location, scale, key, odds):
+    """Roots of whole counts forward, a smooth gradient backward, that of half a number on the axis 2 sqrt(n)
+    with a soft step from 0 to 1 photon. With the gradient straight through the rounding, the many dark fibres,
+    which no small change makes bright, would outweigh all others."""
+    exact = jnp.sqrt(data.draw_counts(location, scale, key, odds))
+    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)  # that of draw_counts
+    dark = data.few_logits(location, scale, odds)[0]                           # log P(0) / P(> 0)
+    over = scale * (jnp.log(1 / u - 1) - dark) / SOFTNESS                      # > 0: a photon is drawn
     soft = SOFTNESS * jax.nn.softplus(over) / 2 + (1 - 0.5**0.5) * jax.nn.sigmoid(over)
     return soft + jax.lax.stop_gradient(exact - soft)
 
@@ -212,11 +213,11 @@ def draw_picture(maps, how, key):
 def sample(net, c, key, how):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     noise_key, count_key = jax.random.split(key)
-    maps = jax.vmap(net.generator)(c, jax.random.normal(noise_key, (len(c), NOISE)))
+    made = jax.vmap(net.generator)(c, jax.random.normal(noise_key, (len(c), NOISE)))
     if how == "sample":
-        counts = data.draw_counts(*jax.vmap(count_distribution)(maps), count_key)
+        counts = jax.vmap(net.generator.fibres.draw)(made, jax.random.split(count_key, len(c)))
     else:
-        counts = jnp.maximum(jnp.expm1(maps[:, 0]), 0)
+        counts = jnp.maximum(jnp.expm1(made), 0)
     return data.as_uint16(jnp.round(net.factor * counts))
 
 
@@ -300,8 +301,8 @@ def warm_start(net, arrays, rows, plan, how, steps):
     """The Adversaries before the training: the generator fitted to the counts for `steps` steps, whatever the
     noise, and the finder, if there is one, to the peaks."""
     def unlikelihood(generator, counts, c, key):
-        maps = jax.vmap(generator)(c[:, :-1], jax.random.normal(key, (len(c), NOISE)))
-        return jax.vmap(partial(anchor_loss, how=how))(maps, counts).mean()
+        made = jax.vmap(generator)(c[:, :-1], jax.random.normal(key, (len(c), NOISE)))
+        return jax.vmap(partial(anchor_loss, generator, how=how))(made, counts).mean()
 
     def misplaced(finder, counts, c, key):
         x = picture(counts, how)
@@ -336,16 +337,17 @@ SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 1, 64   # fibres of a patch, channels, b
 
 
 class Generator(eqx.Module):
-    """(c, noise) -> maps (M, H, W): location and log scale of the counts, or log response. A vision
-    transformer on patches [Comparison, Fig. 11], then a network that all patches share, which sees their
-    vicinity to the impact points."""
+    """(c, noise) -> features (P, hidden) of the patches, from which `fibres` draws counts, or with --counts
+    round the log response (H, W). A vision transformer on patches [Comparison, Fig. 11], then a network that all
+    patches share, which sees their vicinity to the impact points."""
     code: MLP
     enter: Linear
     position: jax.Array
     blocks: list
     local: Linear
     modulation: Linear
-    head: Linear
+    head: Linear | None
+    fibres: Checkerboard | None
     detector: Detector = eqx.field(static=True)
 
     def __init__(self, how, detector, conditions, key, hidden=64):
@@ -358,7 +360,9 @@ class Generator(eqx.Module):
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
         self.local = Linear(WIDTH + near, hidden, next(keys))
         self.modulation = Linear(128, 2 * hidden, next(keys))
-        self.head = Linear(hidden, (2 if how == "sample" else 1) * SIZE**2, next(keys), scale=0.1)
+        drawn, key = how == "sample", next(keys)
+        self.head = None if drawn else Linear(hidden, SIZE**2, key, scale=0.1)
+        self.fibres = Checkerboard(hidden, detector.shape, SIZE, key) if drawn else None
 
     def __call__(self, c, noise):
         code = self.code(jnp.concatenate([data.with_sinusoids(c), noise]))
@@ -367,8 +371,11 @@ class Generator(eqx.Module):
             h = block(h)
         h = jnp.concatenate([normalise(h), data.near_impact(c, self.detector, SIZE)], axis=1)
         scale, shift = jnp.split(self.modulation(code), 2)
-        h = jax.nn.silu(self.local(h) * (1 + scale) + shift)                   # (P, hidden)
-        return data.from_patches(self.head(h), SIZE, self.detector.shape).astype(jnp.float32)
+        h = self.local(h) * (1 + scale) + shift                                # (P, hidden)
+        if self.fibres is not None:
+            return h
+        log_response = data.from_patches(self.head(jax.nn.silu(h)), SIZE, self.detector.shape)[0]
+        return log_response.astype(jnp.float32)
 
 
 class Critic(eqx.Module):

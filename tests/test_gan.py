@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import logistic
 
 import common
 import data
@@ -30,6 +29,19 @@ def shrunk(tmp_path_factory):
         patch.setattr(gan, "BLOCKS", 0)                # compiling attention and its gradients takes long
         patch.setattr(gan, "PEAK_STEPS", 60)
         yield
+
+
+class Net:
+    """Makes c_0 + noise_0 for all fibres; the counts drawn are its square."""
+    factor = jnp.array(2.0)
+
+    class generator:
+        def __new__(cls, c, noise):
+            return jnp.full((2, 2), c[0] + noise[0])
+
+        class fibres:
+            loss = staticmethod(lambda made, counts: (made + counts).mean())
+            draw = staticmethod(lambda made, key: jnp.round(made**2 / 4))
 
 
 def adversaries(how="sample", aux=True, detector="zn", conditions=14):
@@ -73,15 +85,12 @@ def test_penalty_is_the_squared_gradient():
 
 
 def test_anchor_is_the_likelihood_of_the_counts():
+    """That of checkerboard.py, or squares."""
     rng = np.random.default_rng(1)
-    counts, location, log_scale = rng.poisson(2, (4, 5)), rng.normal(2, 1, (4, 5)), rng.normal(0, 0.3, (4, 5))
-    law = logistic(location, np.exp(log_scale))
-    below = np.where(counts > 0, law.cdf(2 * np.sqrt(np.maximum(counts - 0.5, 0))), 0)
-    expected = -np.log(law.cdf(2 * np.sqrt(counts + 0.5)) - below).mean()
-    maps = jnp.float32(np.stack([location, log_scale]))
-    assert gan.anchor_loss(maps, jnp.float32(counts), "sample") == pytest.approx(expected, rel=1e-4)
-    expected = np.mean((location - np.log1p(counts))**2)
-    assert gan.anchor_loss(maps, jnp.float32(counts), "round") == pytest.approx(expected, rel=1e-4)
+    counts, made = rng.poisson(2, (4, 5)).astype(np.float32), rng.normal(2, 1, (4, 5)).astype(np.float32)
+    assert gan.anchor_loss(Net.generator, made, counts, "sample") == (made + counts).mean()
+    expected = np.mean((made - np.log1p(counts))**2)
+    assert gan.anchor_loss(None, made, counts, "round") == pytest.approx(expected, rel=1e-4)
 
 
 def test_diversity_by_hand():
@@ -104,16 +113,16 @@ def test_peak(shape):
 
 @pytest.fixture(scope="module")
 def made(net, batch):
-    """What batch_loss makes of the batch with KEY, for both noises: functions of a generator that return maps
-    (6, 2, 12, 12), pictures (6, 12, 12) and the noise (6, NOISE)."""
+    """What batch_loss makes of the batch with KEY, for both noises: functions of a generator that return
+    features (6, P, 64), pictures (6, 12, 12) and the noise (6, NOISE)."""
     keys, c = jax.random.split(KEY, 4), batch[1][:, :-1]
 
     @eqx.filter_jit
     def make(generator, noise_key, count_key):
         noise = jax.random.normal(noise_key, (6, gan.NOISE))
-        maps = jax.vmap(generator)(c, noise)
-        draw = partial(gan.draw_picture, how="sample")
-        return maps, jax.vmap(draw)(maps, key=jax.random.split(count_key, 6)), noise
+        features = jax.vmap(generator)(c, noise)
+        draw = partial(gan.draw_picture, generator, how="sample")
+        return features, jax.vmap(draw)(features, key=jax.random.split(count_key, 6)), noise
     return [partial(make, noise_key=keys[i], count_key=keys[i + 1]) for i in (0, 2)]
 
 
@@ -148,12 +157,12 @@ def test_adversaries_learn_from_their_own_terms(net, batch, made, found):
     log_sigmoid = lambda x: -jnp.log1p(jnp.exp(-x))
 
     def generator_loss(generator):
-        (maps, fake, z), (_, other, other_z) = (make(generator) for make in made)
+        (features, fake, z), (_, other, other_z) = (make(generator) for make in made)
         (values, codes), (_, other_codes) = (jax.vmap(net.critic)(x, c) for x in (fake, other))
         distances = jnp.abs(codes - other_codes).mean(1) + 1e-3
         peaks = [jax.vmap(net.finder)(x.reshape(6, -1)) for x in (fake, x)]
         terms = {"generator": -log_sigmoid(values - real).mean(),
-                 "anchor": data.count_loss(counts, maps[:, 0], data.bounded_scale(maps[:, 1])).mean(),
+                 "anchor": jax.vmap(generator.fibres.loss)(features, counts).mean(),
                  "l2": jnp.mean((fake - x)**2),
                  "sdi": jnp.mean(spread * jnp.abs(z - other_z).mean(1) / distances),
                  "aux": jnp.mean((peaks[0] - peaks[1])**2)}
@@ -184,45 +193,35 @@ def test_adversaries_learn_from_their_own_terms(net, batch, made, found):
 
 # -------------------------------------------------------------------------------- pictures that a critic sees
 
-def test_drawn_pictures_hold_whole_counts_and_a_smooth_gradient():
-    """Counts by inversion of the logistic law; the gradient by differences of a softened root of a count."""
-    maps = jnp.stack([jnp.linspace(-3, 20, 1936).reshape(44, 44), jnp.full((44, 44), -0.5)])
-    pictures = gan.draw_picture(maps, "sample", KEY)
+@pytest.mark.parametrize("more", [0.0, 1.5])
+def test_drawn_roots_are_those_of_counts_with_a_smooth_gradient(more):
+    """The gradient by differences of a softened root of a count."""
+    location, odds = jnp.linspace(-3, 20, 1936).reshape(44, 44), [jnp.full((44, 44), more)]
+    scale, one = jnp.full((44, 44), np.exp(-0.5)), jnp.float32(1)
+    roots = gan.draw_softly(location, scale, KEY, odds)
+    np.testing.assert_allclose(roots**2, data.draw_counts(location, scale, KEY, odds), rtol=1e-5, atol=1e-3)
     u = np.float64(jax.random.uniform(KEY, (44, 44), minval=1e-6, maxval=1 - 1e-6))
-    draw = lambda location, log_scale: location + np.exp(log_scale) * np.log(u / (1 - u))
-    expected = np.floor(np.maximum(draw(*np.float64(maps)), 0)**2 / 4 + 0.5)
-    np.testing.assert_allclose(pictures**2, np.round(pictures**2), atol=1e-3)
-    assert (np.round(pictures**2) == expected).mean() > 0.999
 
-    def soft(location, log_scale):                     # a slope of 1/2 above sqrt 2, and a step up to 1 there
-        over = (draw(location, log_scale) - np.sqrt(2)) / gan.SOFTNESS
+    def soft(shift, factor):               # a slope of 1/2 above the first photon, and a step up to 1 there
+        wide = factor * np.exp(-0.5)
+        over = (np.float64(location) + shift - np.sqrt(2) + wide * (np.log(1 / u - 1) - more)) / gan.SOFTNESS
         return gan.SOFTNESS * np.log1p(np.exp(over)) / 2 + (1 - np.sqrt(0.5)) / (1 + np.exp(-over))
-    slope = jax.grad(lambda maps: gan.draw_picture(maps, "sample", KEY).sum())(maps)
-    location, log_scale = np.float64(maps)
-    by_location = (soft(location + 1e-4, log_scale) - soft(location - 1e-4, log_scale)) / 2e-4
-    by_scale = (soft(location, log_scale + 1e-4) - soft(location, log_scale - 1e-4)) / 2e-4
-    np.testing.assert_allclose(slope[0], by_location, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(slope[1], by_scale, rtol=1e-2, atol=1e-3)
-    np.testing.assert_allclose(slope[0][draw(location, log_scale) > 4], 0.5, atol=1e-2)
-    assert np.abs(slope[0][draw(location, log_scale) < -1]).max() < 1e-2       # a dark fibre stays out of it
+    drawn = lambda shift, factor: gan.draw_softly(location + shift, factor * scale, KEY, odds)
+    _, by_location = jax.jvp(lambda shift: drawn(shift, one), (0 * one,), (one,))
+    _, by_scale = jax.jvp(lambda factor: drawn(0 * one, factor), (one,), (one,))
+    np.testing.assert_allclose(by_location, (soft(1e-4, 1) - soft(-1e-4, 1)) / 2e-4, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(by_scale, (soft(0, 1 + 1e-4) - soft(0, 1 - 1e-4)) / 2e-4, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(by_location[roots > 4], 0.5, atol=1e-2)
+    assert by_location.min() > -1e-6 and by_location[0].max() < 0.4        # a dark fibre stays out of it
 
 
 def test_pictures_of_log_responses_are_the_map_itself():
-    maps = jnp.linspace(-1, 5, 6).reshape(1, 2, 3)
-    np.testing.assert_array_equal(gan.draw_picture(maps, "round", KEY), maps[0])
+    made = jnp.linspace(-1, 5, 6).reshape(2, 3)
+    np.testing.assert_array_equal(gan.draw_picture(None, made, "round", KEY), made)
     np.testing.assert_allclose(gan.picture(np.array([0.0, 3.0]), "round"), [0, np.log(4)], rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
-
-class Net:
-    """Location c_0 + noise_0 in all fibres, with a scale near 0."""
-    factor = jnp.array(2.0)
-
-    @staticmethod
-    def generator(c, noise):
-        return jnp.stack([jnp.full((2, 2), c[0] + noise[0]), jnp.full((2, 2), -9.0)])
-
 
 def test_samples_have_fresh_noise_each_and_the_factor():
     made = gan.sample(Net, jnp.full((4000, 14), 20.0), KEY, "sample")
@@ -234,7 +233,7 @@ def test_samples_have_fresh_noise_each_and_the_factor():
 
 def test_log_responses_are_scaled_and_rounded():
     class Rounded(Net):
-        generator = staticmethod(lambda c, noise: jnp.log1p(c[:2])[None, :, None])
+        generator = staticmethod(lambda c, noise: jnp.log1p(c[:2])[:, None])
     made = gan.sample(Rounded, jnp.array([[1.3, 7.0], [-0.5, 1e6]]), KEY, "round")
     assert made[..., 0].tolist() == [[3, 14], [0, 65535]]
 
