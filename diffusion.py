@@ -150,8 +150,8 @@ def ddim_step(x, x0, now, then, eta, noise):
 
 def extrapolations(abar):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is Eq. 12 for x^_0 + r (x^_0 - x^_0 of the step before),
-    without noise or with that of eta = 1 (their SDE-DPM-Solver++); r of each step (steps,), 0 in the first and
-    in a last one to the response itself."""
+    without noise, or with that of eta = 1 (their SDE-DPM-Solver++); r of each step (steps,), 0 in the first
+    and in a last one to the response itself."""
     h = np.diff(np.log(abar / np.maximum(1 - abar, 1e-8)) / 2)                 # of log signal-to-noise
     return np.where(abar[1:] < 1, np.append(0, h[1:] / h[:-1] / 2), 0)
 
@@ -264,11 +264,10 @@ class DenseBlock(eqx.Module):
 class Dense(eqx.Module):
     """Ours, made for CPUs: few large matrix products and nothing else.
 
-    A small network that all patches of 4 x 4 fibres share sees x_t in the patch and half a patch around it,
-    what x_t says of single photons, and its vicinity to the possible impact points, and then what its
-    neighbours have seen. Each patch passes on a few numbers. All of them, with the light around the impact
-    points, pass residual blocks as one wide vector, which returns a few numbers to each patch. A second small
-    network joins them with the first one's result, and looks at its neighbours again.
+    A small network that all patches of 4 x 4 fibres share sees x_t in and around the patch, what x_t says of
+    single photons, and its vicinity to the possible impact points, then what its neighbours have seen. A few
+    numbers of each patch, with the light around the impact points, pass residual blocks as one wide vector,
+    which returns a few to each. A second small network joins the two, and looks at its neighbours again.
     """
     embedding: Embedding
     local: Linear

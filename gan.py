@@ -10,8 +10,8 @@ which stays as a weak term that holds single fibres in place (`--anchor`). Varia
 the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), the peak where
 the real one is (`--aux`), a factor for all counts (`--post`).
 
-Photons are counts: G gives them the distributions of checkerboard.py, from which they are drawn; the gradient
-is that of softened counts. `--counts round` rounds log responses, as the papers do.
+Photons are counts, drawn from the distributions of checkerboard.py; their gradient is that of softened counts.
+`--counts round` rounds log responses, as the papers do.
 
     python gan.py --detector zn                          ten minutes of training on two CPU cores
     python gan.py --load weights/gan-zn.eqx --generate particles.csv --out responses.h5
@@ -104,7 +104,7 @@ def gradient_penalty(critic, x, c):
 
 
 def anchor_loss(generator, made, counts, how):
-    """-log P(n) per fibre of one response (H, W), nats, for what a generator made, or the squared error of log
+    """-log P(n) per fibre of one response (H, W) for what a generator made, or the squared error of log
     responses: it holds single fibres in place, which a critic sees last."""
     if how == "round":
         return jnp.mean((made - picture(counts, how))**2)
@@ -149,8 +149,8 @@ def batch_loss(net, counts, c, key, how, loss, weights):
 
     def make(noise, key):
         features = jax.vmap(net.generator)(c, noise)
-        draw = partial(draw_picture, net.generator, how=how)
-        return features, jax.vmap(draw)(features, key=jax.random.split(key, size))
+        pictures = jax.vmap(partial(draw_picture, net.generator, how=how))
+        return features, pictures(features, key=jax.random.split(key, size))
 
     noise = jax.random.normal(noise_key, (size, NOISE))
     features, made = make(noise, count_key)
@@ -198,8 +198,8 @@ def draw_picture(generator, made, how, key):
 
 def draw_softly(location, scale, key, odds):
     """Roots of whole counts forward, a smooth gradient backward, that of half a number on the axis 2 sqrt(n)
-    with a soft step from 0 to 1 photon. With the gradient straight through the rounding, the many dark fibres,
-    which no small change makes bright, would outweigh all others."""
+    with a soft step from 0 to 1 photon. With the gradient straight through the rounding, the many dark
+    fibres, which no small change makes bright, would outweigh all others."""
     exact = jnp.sqrt(data.draw_counts(location, scale, key, odds))
     u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)  # that of draw_counts
     dark = data.few_logits(location, scale, odds)[0]                           # log P(0) / P(> 0)
@@ -338,8 +338,8 @@ SIZE, WIDTH, BLOCKS, EMBEDDING = 8, 64, 1, 64   # fibres of a patch, channels, b
 
 class Generator(eqx.Module):
     """(c, noise) -> features (P, hidden) of the patches, from which `fibres` draws counts, or with --counts
-    round the log response (H, W). A vision transformer on patches [Comparison, Fig. 11], then a network that all
-    patches share, which sees their vicinity to the impact points."""
+    round the log response (H, W). A vision transformer on patches [Comparison, Fig. 11], then a network that
+    all patches share, which sees their vicinity to the impact points."""
     code: MLP
     enter: Linear
     position: jax.Array
@@ -351,7 +351,7 @@ class Generator(eqx.Module):
     detector: Detector = eqx.field(static=True)
 
     def __init__(self, how, detector, conditions, key, hidden=64):
-        keys = iter(jax.random.split(key, 6 + BLOCKS))
+        keys = iter(jax.random.split(key, 7 + BLOCKS))
         patches, near = data.near_impact(jnp.zeros(conditions), detector, SIZE).shape
         self.detector = detector
         self.code = MLP(next(keys), data.features(conditions) + NOISE, 128, 128, 128)
@@ -360,9 +360,9 @@ class Generator(eqx.Module):
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
         self.local = Linear(WIDTH + near, hidden, next(keys))
         self.modulation = Linear(128, 2 * hidden, next(keys))
-        drawn, key = how == "sample", next(keys)
-        self.head = None if drawn else Linear(hidden, SIZE**2, key, scale=0.1)
-        self.fibres = Checkerboard(hidden, detector.shape, SIZE, key) if drawn else None
+        self.head, self.fibres = None, Checkerboard(hidden, detector.shape, SIZE, next(keys))
+        if how == "round":
+            self.head, self.fibres = Linear(hidden, SIZE**2, next(keys), scale=0.1), None
 
     def __call__(self, c, noise):
         code = self.code(jnp.concatenate([data.with_sinusoids(c), noise]))
@@ -374,8 +374,7 @@ class Generator(eqx.Module):
         h = self.local(h) * (1 + scale) + shift                                # (P, hidden)
         if self.fibres is not None:
             return h
-        log_response = data.from_patches(self.head(jax.nn.silu(h)), SIZE, self.detector.shape)[0]
-        return log_response.astype(jnp.float32)
+        return data.from_patches(self.head(jax.nn.silu(h)), SIZE, self.detector.shape)[0].astype(jnp.float32)
 
 
 class Critic(eqx.Module):

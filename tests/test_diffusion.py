@@ -218,7 +218,7 @@ def visited(counts, steps):
 
 @pytest.mark.parametrize("eta, rate", [(0.0, 0), (1.0, 1)])
 def test_second_order_is_dpm_solver(eta, rate):
-    """Algorithm 2 of Lu et al. 2022, on a sequence of clean responses, without its noise and with it; its first
+    """Algorithm 2 of Lu et al. 2022, on a sequence of clean responses, with its noise and without; its first
     step is of first order."""
     abar = LEVELS[visited("sample", 7)]
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
@@ -229,7 +229,8 @@ def test_second_order_is_dpm_solver(eta, rate):
         half = h / (level[i] - level[i - 1]) / 2 if i else 0                   # 1 / (2 r_i) there
         d = (1 + half) * clean[i] - half * clean[i - 1]
         fresh = rate * h                                                       # rate 1: with their noise
-        expected = sigma[i + 1] / sigma[i] * np.exp(-fresh) * expected - alpha[i + 1] * np.expm1(-h - fresh) * d
+        kept = sigma[i + 1] / sigma[i] * np.exp(-fresh)
+        expected = kept * expected - alpha[i + 1] * np.expm1(-h - fresh) * d
         of_x, of_x0, of_noise = factors(abar[i], abar[i + 1], eta)
         found = of_x * found + of_x0 * (clean[i] + r * (clean[i] - clean[i - 1]))
         assert found == pytest.approx(expected, rel=1e-9)
