@@ -10,7 +10,7 @@ which stays as a weak term that holds single fibres in place (`--anchor`). Varia
 the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), the peak where
 the real one is (`--aux`), a factor for all counts (`--post`).
 
-Photons are counts, drawn from the distributions of checkerboard.py; their gradient is that of softened counts.
+Photons are counts, drawn from the distributions of checkerboard.py, with the gradient of softened counts.
 `--counts round` rounds log responses, as the papers do.
 
     python gan.py --detector zn                          ten minutes of training on two CPU cores
