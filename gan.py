@@ -165,8 +165,7 @@ def batch_loss(net, counts, c, key, how, loss, weights):
         penalties = jax.vmap(partial(gradient_penalty, net.critic))(*both)
         parts["penalty"] = penalties.mean()                                    # R1 / 2 + R2 / 2
     if weights.anchor:
-        anchor = partial(anchor_loss, net.generator, how=how)
-        parts["anchor"] = jax.vmap(anchor)(features, counts).mean()
+        parts["anchor"] = jax.vmap(partial(anchor_loss, net.generator, how=how))(features, counts).mean()
     if weights.l2:
         parts["l2"] = jnp.mean((made - x)**2)                                  # Isola et al. 2017
     if weights.sdi:
@@ -200,12 +199,11 @@ def draw_softly(location, scale, key, odds):
     """Roots of whole counts forward, a smooth gradient backward, that of half a number on the axis 2 sqrt(n)
     with a soft step from 0 to 1 photon. With the gradient straight through the rounding, the many dark
     fibres, which no small change makes bright, would outweigh all others."""
-    exact = jnp.sqrt(data.draw_counts(location, scale, key, odds))
     u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)  # that of draw_counts
     dark = data.few_logits(location, scale, odds)[0]                           # log P(0) / P(> 0)
     over = scale * (jnp.log(1 / u - 1) - dark) / SOFTNESS                      # > 0: a photon is drawn
     soft = SOFTNESS * jax.nn.softplus(over) / 2 + (1 - 0.5**0.5) * jax.nn.sigmoid(over)
-    return soft + jax.lax.stop_gradient(exact - soft)
+    return soft + jax.lax.stop_gradient(jnp.sqrt(data.draw_counts(location, scale, key, odds)) - soft)
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -279,8 +277,7 @@ def train(net, loss, arrays, rows, plan, critic_lr):
 
 def report_collapse(records):
     """Say so if one adversary won, by the last ten lines of the log."""
-    mean = lambda name: np.mean([record[name] for record in records[-10:]])
-    auc, spread = mean("critic AUC"), mean("spread of sums")
+    auc, spread = (np.mean([r[name] for r in records[-10:]]) for name in ("critic AUC", "spread of sums"))
     if auc > 0.99 or not 0.5 < spread < 2:
         print(f"COLLAPSED: the critic is right about {100 * auc:.1f} % of the pairs, and photon sums spread "
               f"{spread:.2f} times as much as the data's")
