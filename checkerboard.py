@@ -79,14 +79,15 @@ class Checkerboard(eqx.Module):
         return jnp.round(jnp.square(roots))
 
     def draw_roots(self, h, key, draw):
-        """Roots of photon counts (H, W), those of each colour by draw(location, scale, key, odds)."""
+        """Roots of photon counts (H, W), those of each colour by draw(location, scale, key, odds). A gradient
+        reaches a fibre through its own distribution alone."""
         seen, drawn = [], {}
         for k, (log_rate, key) in enumerate(zip(self.log_rates(h), jax.random.split(key, len(COLOURS)))):
             location, scale, odds = self.distribution(h, log_rate, seen)
             roots = draw(location, scale, key, odds)
             # else XLA draws a count again for each window that holds it: twice the time
             roots = jnp.matmul(roots, jnp.eye(roots.shape[1]), precision="highest")
-            seen.append(self.picture(roots, k))
-            drawn[COLOURS[k]] = seen[-1]
+            drawn[COLOURS[k]] = self.picture(roots, k)
+            seen.append(jax.lax.stop_gradient(drawn[COLOURS[k]]))
         blocks = jnp.stack([drawn[first] for first in sorted(drawn)], axis=-1)     # (H / 2, W / 2, 4)
         return data.from_patches(blocks.reshape(-1, len(COLOURS)), 2, self.shape)[0]

@@ -442,11 +442,12 @@ class Logbook(AbstractContextManager):
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
-        """{"train_seconds": of all parts of the run, "step_seconds": median, None for a log of one line}."""
+        """{"train_device", "train_seconds": of all parts of the run, "step_seconds": median, None for a log of
+        one line}."""
         log = read_log(self.plan.run)
         per_step = [(after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
                     for before, after in zip(log, log[1:])]
-        return {"train_seconds": self.before + time.perf_counter() - self.began,
+        return {"train_device": device_name(), "train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
 

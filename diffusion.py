@@ -8,11 +8,10 @@ to predict x_0, and with it epsilon, from x_t for the particle c; a response is 
     x_s = sqrt(abar_s) x^_0 + sqrt(1 - abar_s - eta_t^2) epsilon^ + eta_t noise,  s < t          (Eq. 12)
 
 Photons are counts, so the last steps are not taken, as in fm.py. With x_0 = 2 sqrt(n) the counting noise is
-about 1 in every fibre. Once the noise of x_t has fallen below that, to 2/3, the same network gives each fibre
-its own distribution of counts, trained by exact likelihood. `--counts round` is the papers' way, to compare.
-Faint spots are what is hard to learn: see factor_loss and lit_odds.
+about 1 in every fibre. Where that of x_t is 2/3, the same network gives each fibre its own distribution of
+counts, trained by exact likelihood.
 
-    python diffusion.py --detector zn --steps 50           a quarter of an hour on two CPU cores
+    python diffusion.py --detector zn                      a quarter of an hour on two CPU cores
     python diffusion.py --load weights/diffusion-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends `written: runs/diffusion-zn/`.
@@ -37,37 +36,34 @@ ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, LENGTH))        # abar_t: Ho et al
 END = int(np.argmin(np.abs(np.sqrt(1 / ABAR - 1) - 2 / 3)))   # t at which counts are drawn: noise of 2/3
 BRIGHTEST = 4000.0   # photons in a fibre at most: four times the brightest of the open data
 ODDS = 4             # 0 to 3 photons have odds of their own, in data.count_loss
+# Of the sampler, chosen on validation rows
+SPACING = 0.6        # below 1: the first steps are longer, at times when x_t is little but noise
+AHEAD = 1.3          # how much further than a smooth path needs second-order steps extrapolate
+MOST = int(SPACING * (LENGTH - 1 - END))                      # steps
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse(argv):
     """The resolved flags of the command line."""
-    own = "net", "counts"
-    parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=50)
+    parser = common.parser(__doc__, "diffusion", own=("net",), n=60_000, epochs=12, lr=2e-3)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
-                        help="our network (dense), the U-Net of [FM] (paper), or that with the 4 million "
-                             "parameters of [Comparison] (paper-4m) (default: dense)")
-    parser.add_argument("--counts", choices=("sample", "round"), default="sample",
-                        help="get photon counts by drawing them from each fibre's distribution, or by "
-                             "rounding log responses (default: sample)")
-    parser.add_argument("--solver", choices=("ddim", "dpm"), default="ddim",
-                        help="sample with DDIM, or with DPM-Solver++(2M), which is of second order and "
-                             "needs fewer steps (default: ddim)")
+                        help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
+    parser.add_argument("--solver", choices=("ddim", "second"), default="second",
+                        help="DDIM, or fewer steps of second order (default: second)")
     parser.add_argument("--eta", type=common.number(float, 0, 1), default=0.7, metavar="ETA",
                         help="fresh noise in each step: 0 none, 1 as much as DDPM (default: 0.7)")
     args = parser.parse_args(argv)
-    longest = LENGTH - 1 - END if args.counts == "sample" else LENGTH
-    if args.steps > longest:
-        parser.error(f"--steps {args.steps}: expected at most {longest}, the times before counts are drawn")
+    if args.steps > MOST:
+        parser.error(f"--steps {args.steps}: expected at most {MOST}, more would meet a time twice")
     return args
 
 
 # -------------------------------------------------------------------------------------------------- objective
 
 def denoising_loss(net, x0, t, c, key):
-    """Denoising diffusion for one response x_0 (H, W) of the particle c (C,): t = 0 is data with a little
-    noise, t = LENGTH - 1 is noise; and what we add to it, factor_loss."""
+    """Denoising diffusion for one response x_0 (H, W) of the particle c (C,), and factor_loss; t = LENGTH - 1
+    is noise."""
     noise, abar = jax.random.normal(key, x0.shape), jnp.take(ABAR, t)
     x = jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise                       # Ho et al. 2020, Eq. 4
     level, lit = factors(net(x, t / LENGTH, c), x)
@@ -88,14 +84,13 @@ def factors(maps, x):
 
 # same as fm.py: factor_loss
 def factor_loss(level, lit, x1):
-    """Losses of the two factors by themselves. In the loss above the gradient of P(lit) is as small as P(lit)
-    itself, where a spot of a few photons may be or not, and such spots are not learnt."""
+    """Losses of the factors: else the gradient of P(lit) is as small as P(lit), and faint spots are lost."""
     cross_entropy = 3 * optax.sigmoid_binary_cross_entropy(lit, x1 > 0)        # 3: gradients of like size
     return jnp.mean(cross_entropy + jnp.where(x1 > 0, (level - x1)**2, 0))
 
 
 def count_nats(net, counts, x0, c, key):
-    """-log P(counts | x_t) per fibre of one response (H, W), in nats, at END, where counts are drawn."""
+    """-log P(counts | x_t) per fibre of one response (H, W), in nats, at END."""
     x = np.sqrt(ABAR[END]) * x0 + np.sqrt(1 - ABAR[END]) * jax.random.normal(key, x0.shape)
     return jnp.mean(data.count_loss(counts, *count_distribution(net(x, END / LENGTH, c), x)))
 
@@ -108,32 +103,23 @@ def count_distribution(maps, x):
 
 
 def lit_odds(x, t):
-    """log p(x_t | one photon) / p(x_t | none) of each fibre, for x_0 = 2 and 0: what x_t alone says of it.
-    The network sees it, since sums of x_t over many dark fibres are all noise. t is in units of LENGTH."""
+    """log p(x_t | one photon) / p(x_t | none) of each fibre, for x_0 = 2 and 0; t in units of LENGTH. The
+    network sees what x_t alone says of it, since sums of x_t over many dark fibres are all noise."""
     abar = jnp.take(ABAR, jnp.round(t * LENGTH).astype(int))
     return 2 * jnp.sqrt(abar) * (x - jnp.sqrt(abar)) / jnp.maximum(1 - abar, 0.0025)
 
 
-def to_state(counts, how):
-    """Photon counts (H, W) -> x_0, in which a Poisson count has a variance of about 1, or as the papers."""
-    return 2 * jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
-
-
-def batch_loss(net, counts, c, key, how):
+def batch_loss(net, counts, c, key):
     """Loss of counts (B, H, W) and conditions c (B, C), and its parts."""
-    size, counts = len(counts), counts.astype(jnp.float32)
+    half, counts = len(counts) // 2, counts.astype(jnp.float32)                # half learns the counts
     time_key, noise_key = jax.random.split(key)
-    keys, x0 = jax.random.split(noise_key, size), to_state(counts, how)
-    # half of the batch learns the way back, half the counts at its end, where alone they are drawn
-    half, first = (size // 2, END) if how == "sample" else (size, 0)
+    keys, x0 = jax.random.split(noise_key, len(counts)), 2 * jnp.sqrt(counts)  # Poisson counts: variance 1
     u = (jnp.arange(half) + jax.random.uniform(time_key, (half,))) / half      # stratified: less noise
-    t = jnp.minimum(first + jnp.floor(u * (LENGTH - first)).astype(int), LENGTH - 1)
+    t = jnp.minimum(END + jnp.floor(u * (LENGTH - END)).astype(int), LENGTH - 1)
     path, factor = jax.vmap(partial(denoising_loss, net))(x0[:half], t, c[:half], keys[:half])
-    # 1 / abar makes Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0
-    # (Salimans and Ho 2022): more weight at noisy times, which settle place and brightness of a shower
+    # 1 / abar makes Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0 (Salimans
+    # and Ho 2022): more weight at noisy times, which settle place and brightness of a shower
     path, factor = jnp.mean(path / jnp.take(ABAR, t)), factor.mean()
-    if how != "sample":
-        return path + factor, {"path": path, "factors": factor}
     nats = jax.vmap(partial(count_nats, net))(counts[half:], x0[half:], c[half:], keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
     return path + factor + 10 * nats, {"path": path, "factors": factor, "nats per fibre": nats}
@@ -149,37 +135,37 @@ def ddim_step(x, x0, now, then, eta, noise):
 
 
 def extrapolations(abar):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is Eq. 12 for x^_0 + r (x^_0 - x^_0 of the step before),
-    without noise, or with that of eta = 1 (their SDE-DPM-Solver++); r of each step (steps,), 0 in the first
-    and in a last one to the response itself."""
-    h = np.diff(np.log(abar / np.maximum(1 - abar, 1e-8)) / 2)                 # of log signal-to-noise
-    return np.where(abar[1:] < 1, np.append(0, h[1:] / h[:-1] / 2), 0)
+    """r of each step (steps,), with which Eq. 12 takes x^_0 + r (x^_0 - x^_0 of the step before). With AHEAD
+    = 1 and eta = 0 a step is exact where x^_0 is linear in the signal's share of x_t; DPM-Solver++(2M) of Lu
+    et al. 2022 is so in the logarithm of signal to noise, which grows too fast at first."""
+    ratio = np.sqrt(abar / (1 - abar))                                         # of signal to noise
+    share = ratio / (1 + ratio)
+    mean = 1 - np.diff(np.log1p(ratio)) / np.diff(ratio) - share[:-1]          # rise of the share in a step
+    return AHEAD * np.append(0, mean[1:] / np.diff(share)[:-1])
 
 
-def sample(net, c, key, shape, how, steps, solver, eta):
+def sample(net, c, key, shape, steps, solver, eta):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     start_key, step_key, count_key = jax.random.split(key, 3)
-    end = END if how == "sample" else -1                                       # -1 is the response itself
-    t = LENGTH - 1 - np.round(np.linspace(0, LENGTH - 1 - end, steps + 1)).astype(int)    # noise to the end
-    abar = np.append(ABAR, 1.0)[t]
-    r = extrapolations(abar) if solver == "dpm" else np.zeros(steps)
+    path = np.linspace(0, 1, steps + 1)**SPACING                               # from noise to the end
+    t = LENGTH - 1 - np.round((LENGTH - 1 - END) * path).astype(int)
+    abar = ABAR[t]
+    r = extrapolations(abar) if solver == "second" else np.zeros(steps)
     maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t / LENGTH, c)
 
     def step(carry, row):
         x, before = carry
         t, now, then, r, key = row
         level, lit = jax.vmap(factors)(maps(x, t), x)
-        x0 = jnp.clip(level * jax.nn.sigmoid(lit), 0, to_state(BRIGHTEST, how))    # the loss never clips
+        x0 = jnp.clip(level * jax.nn.sigmoid(lit), 0, 2 * BRIGHTEST**0.5)    # the loss never clips
         noise = jax.random.normal(key, x.shape) if eta else 0
         return (ddim_step(x, x0 + r * (x0 - before), now, then, eta, noise), x0), None
 
     x = jax.random.normal(start_key, (len(c), *shape))
     rows = t[:-1], abar[:-1], abar[1:], r, jax.random.split(step_key, steps)
-    # XLA is slow on loops on a CPU: ten steps unrolled are as fast as fifty and compile sooner
+    # XLA is slow on loops on a CPU: ten steps unrolled
     (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows, unroll=min(steps, 10))
-    if how != "sample":
-        return data.as_uint16(data.rounded_counts(x))
-    location, scale, odds = jax.vmap(count_distribution)(maps(x, end), x)
+    location, scale, odds = jax.vmap(count_distribution)(maps(x, END), x)
     return data.as_uint16(data.draw_counts(location, scale, count_key, odds))
 
 
@@ -311,8 +297,7 @@ class Dense(eqx.Module):
         windows, patches, near, bumps = common.cast((windows, patches, near, bumps), self.position.dtype)
         e, light = self.embedding(t, c), data.impact_light(bumps, patches[0])
         own_weight, near_weight = jnp.split(self.local.weight, [9 * size**2], axis=1)
-        # the same in every step of the sampler, so computed once
-        ground = near @ near_weight.T + self.local.bias + self.position
+        ground = near @ near_weight.T + self.local.bias + self.position  # one in all steps: computed once
         own = jnp.concatenate([*windows, patches[2]], axis=1) @ own_weight.T + ground           # (P, hidden)
         own = self.with_neighbours(self.mix, modulate(own, self.modulations[0](e)))
         down = self.squeeze(jnp.concatenate([own, *patches[1:]], axis=1))                         # (P, down)
@@ -338,13 +323,12 @@ def modulate(h, scale_and_shift):
 
 
 NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),
-            "paper-4m": lambda detector, *rest: papers.ResponseUNet(*rest, widths=(64, 88, 112)),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
-def make_network(net, how, detector, conditions, key):
+def make_network(net, detector, conditions, key):
     """Four maps are the predicted response, 3 + ODDS more the distribution of the counts."""
-    return NETWORKS[net](detector, conditions, 7 + ODDS if how == "sample" else 4, key)
+    return NETWORKS[net](detector, conditions, 7 + ODDS, key)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -354,25 +338,24 @@ def main(argv=None):
     args = parse(argv)
     common.prepare_jax()
     detector = DETECTORS[args.detector]
-    make = partial(make_network, args.net, args.counts, detector, data.CONDITIONS[args.cond])
+    make = partial(make_network, args.net, detector, data.CONDITIONS[args.cond])
     if args.load:
         net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
         times = args.header["scores"]
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, loss = common.plan(args), partial(batch_loss, how=args.counts)
-        scaler = data.fit_conditions(dataset.particles[split.train], args.cond)
+        plan, scaler = common.plan(args), data.fit_conditions(dataset.particles[split.train], args.cond)
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
+        net, times = train(make(plan.keys[0]), batch_loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, steps=args.steps,
-                                      solver=args.solver, eta=args.eta))
+    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, steps=args.steps, solver=args.solver,
+                                      eta=args.eta))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),))
     return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps, solver=args.solver,
-                          eta=args.eta, evaluations=args.steps + (args.counts == "sample"), **times)
+                          eta=args.eta, evaluations=args.steps + 1, **times)
 
 
 if __name__ == "__main__":

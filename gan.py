@@ -5,10 +5,11 @@ one x, and G learns to be taken for real:
     L_D = softplus(-D(x, c)) + softplus(D(G(c, z), c))
     L_G = softplus(-D(G(c, z), c))                                     (Eq. 3, non-saturating)
 What keeps the two together: by default D compares a real and a made response of the same particle
-(`--loss relativistic`), its gradients at both are penalised, and G starts from the likelihood of the counts,
-which stays as a weak term that holds single fibres in place (`--anchor`). Variants of [Comparison, Table 6]:
-the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), the peak where
-the real one is (`--aux`), a factor for all counts (`--post`).
+(`--loss relativistic`), its gradients at both are penalised, and G learns the likelihood of the counts as
+well (`--anchor`): for each x from the best of a few z, so that G uses z (Li and Malik 2018), and for texture,
+the law of neighbouring fibres, from nothing else. Variants of [Comparison, Table 6]:
+the distance |G(c, z) - x|^2 (`--l2`), as much diversity as a particle has (Eq. 4, `--sdi`), a factor for all
+counts (`--post`).
 
 Photons are counts, drawn from the distributions of checkerboard.py, with the gradient of softened counts.
 `--counts round` rounds log responses, as the papers do.
@@ -37,8 +38,8 @@ from papers import TransformerBlock
 from simulator import DETECTORS, Detector
 
 NOISE = 10            # numbers into the generator, as many as ALICE O2 feeds its networks
+TRIES = 4             # noises of which the likelihood takes the best: of one, G is the same for all noise
 SOFTNESS = 0.3        # of the step from 0 to 1 photon, on the axis 2 sqrt(n); chosen on validation rows
-PEAK_STEPS = 2000     # batches that the peak finder learns from
 FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
 
@@ -56,19 +57,16 @@ def parse(argv):
     parser.add_argument("--loss", choices=LOSSES, default="relativistic",
                         help="adversarial loss: plain, of each response, or relativistic, of pairs of a real "
                              "and a made response (default: relativistic)")
-    parser.add_argument("--penalty", type=weight, default=1.0, metavar="WEIGHT",
-                        help="weight of the squared gradients of the critic, R1 and R2 (default: 1)")
-    parser.add_argument("--anchor", type=weight, default=2.0, metavar="WEIGHT",
+    parser.add_argument("--penalty", type=weight, default=10.0, metavar="WEIGHT",
+                        help="weight of the squared gradients of the critic, R1 and R2 (default: 10)")
+    parser.add_argument("--anchor", type=weight, default=20.0, metavar="WEIGHT",
                         help="weight of the likelihood of the counts (--counts round: the squared error of "
-                             "log responses) in the generator's loss (default: 2)")
+                             "log responses) in the generator's loss (default: 20)")
     parser.add_argument("--l2", type=weight, default=0.0, metavar="WEIGHT",
                         help="weight of the squared distance to the real response (default: 0)")
     parser.add_argument("--sdi", type=weight, default=0.0, metavar="WEIGHT",
                         help="weight of the term that asks for as much diversity as a particle has "
                              "(default: 0)")
-    parser.add_argument("--aux", type=weight, default=0.0, metavar="WEIGHT",
-                        help="weight of the squared distance between the peaks of the real and the made "
-                             "response, as a pretrained network finds them (default: 0)")
     parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
                         help="steps before all others in which the generator learns the likelihood alone "
                              "(default: 500)")
@@ -103,12 +101,19 @@ def gradient_penalty(critic, x, c):
     return jnp.sum(jax.grad(lambda x: critic(x, c)[0])(x)**2)
 
 
-def anchor_loss(generator, made, counts, how):
-    """-log P(n) per fibre of one response (H, W) for what a generator made, or the squared error of log
-    responses: it holds single fibres in place, which a critic sees last."""
+def anchor_losses(generator, counts, c, noise, how):
+    """-log P(n) per fibre of counts (B, H, W) for what a generator makes of c (B, C) and noise (B, NOISE), or
+    the squared error of log responses, (B,): it holds single fibres in place, which a critic sees last."""
+    made = jax.vmap(generator)(c, noise)
     if how == "round":
-        return jnp.mean((made - picture(counts, how))**2)
-    return generator.fibres.loss(made, counts)
+        return jnp.mean((made - picture(counts, how))**2, axis=(1, 2))
+    return jax.vmap(generator.fibres.loss)(made, counts)
+
+
+def best_noise(generator, counts, c, tries, how):
+    """The noise (B, NOISE) among `tries` (K, B, NOISE) of which the generator makes each response best."""
+    losses = jnp.stack([anchor_losses(generator, counts, c, noise, how) for noise in tries])
+    return tries[jnp.argmin(losses, axis=0), jnp.arange(len(c))]
 
 
 def diversity_loss(embedding, other, noise, other_noise, spread):
@@ -119,24 +124,12 @@ def diversity_loss(embedding, other, noise, other_noise, spread):
     return spread * jnp.mean(jnp.abs(noise - other_noise)) / distance          # [Comparison, Eq. 4]
 
 
-def peak(x):
-    """Place of the brightest fibre of x (H, W), each coordinate in (-1, 1)."""
-    place = jnp.stack(jnp.unravel_index(jnp.argmax(x), x.shape))
-    return 2 * place / (jnp.array(x.shape) - 1) - 1
-
-
-def peak_distance(finder, x, made):
-    """Squared distance of the peaks of two pictures by a pretrained finder, since argmax has no gradient."""
-    return jnp.mean((finder(made.ravel()) - finder(x.ravel()))**2)
-
-
 class Weights(NamedTuple):
     """Weights of all terms but the adversarial ones; a weight of 0 leaves the term out."""
     penalty: float
     anchor: float
     l2: float
     sdi: float
-    aux: float
 
 
 def batch_loss(net, counts, c, key, how, loss, weights):
@@ -145,15 +138,15 @@ def batch_loss(net, counts, c, key, how, loss, weights):
     size, frozen, pair = len(counts), jax.lax.stop_gradient, LOSSES[loss]
     counts, c, spread = counts.astype(jnp.float32), c[:, :-1], c[:, -1]
     x = picture(counts, how)
-    noise_key, count_key, other_key, other_count_key = jax.random.split(key, 4)
+    noise_key, count_key, other_key, other_count_key, try_key = jax.random.split(key, 5)
 
     def make(noise, key):
-        features = jax.vmap(net.generator)(c, noise)
-        pictures = jax.vmap(partial(draw_picture, net.generator, how=how))
-        return features, pictures(features, key=jax.random.split(key, size))
+        features, keys = jax.vmap(net.generator)(c, noise), jax.random.split(key, size)
+        # what draws the counts is fixed: the critic would drive it into bright fibres that beget bright ones
+        return jax.vmap(partial(draw_picture, frozen(net.generator.fibres)))(features, keys)
 
     noise = jax.random.normal(noise_key, (size, NOISE))
-    features, made = make(noise, count_key)
+    made = make(noise, count_key)
     critic = lambda x: jax.vmap(net.critic)(x, c)
     frozen_critic = lambda x: jax.vmap(frozen(net.critic))(x, c)
     real, fake = critic(x)[0], critic(frozen(made))[0]
@@ -165,15 +158,15 @@ def batch_loss(net, counts, c, key, how, loss, weights):
         penalties = jax.vmap(partial(gradient_penalty, net.critic))(*both)
         parts["penalty"] = penalties.mean()                                    # R1 / 2 + R2 / 2
     if weights.anchor:
-        parts["anchor"] = jax.vmap(partial(anchor_loss, net.generator, how=how))(features, counts).mean()
+        tries = jax.random.normal(try_key, (TRIES, size, NOISE))
+        best = best_noise(frozen(net.generator), counts, c, tries, how)
+        parts["anchor"] = anchor_losses(net.generator, counts, c, best, how).mean()
     if weights.l2:
         parts["l2"] = jnp.mean((made - x)**2)                                  # Isola et al. 2017
     if weights.sdi:
         other_noise = jax.random.normal(other_key, noise.shape)
-        other = frozen_critic(make(other_noise, other_count_key)[1])[1]
+        other = frozen_critic(make(other_noise, other_count_key))[1]
         parts["sdi"] = jax.vmap(diversity_loss)(embedding, other, noise, other_noise, spread).mean()
-    if weights.aux:
-        parts["aux"] = jax.vmap(partial(peak_distance, frozen(net.finder)))(x, made).mean()
     total = parts["critic"] + parts["generator"]
     total += sum(weight * parts[name] for name, weight in weights._asdict().items() if weight)
     # not trained on, but watched: can the critic still tell, do responses still differ?
@@ -190,9 +183,9 @@ def picture(counts, how):
     return jnp.sqrt(counts) if how == "sample" else jnp.log1p(counts)
 
 
-def draw_picture(generator, made, how, key):
+def draw_picture(fibres, made, key):
     """x of what a generator made, photon counts drawn, or with --counts round the log response itself."""
-    return made if how == "round" else generator.fibres.draw_roots(made, key, draw_softly)
+    return made if fibres is None else fibres.draw_roots(made, key, draw_softly)
 
 
 def draw_softly(location, scale, key, odds):
@@ -252,9 +245,9 @@ def make_step(loss, optimiser, plan):
 
 def make_optimiser(plan, steps, critic_lr):
     """An AdamW for each adversary, the critic's with a learning rate of its own (Heusel et al. 2017), in
-    units of the generator's; the peak finder keeps its weights."""
+    units of the generator's."""
     adamw = lambda factor: common.adamw(plan._replace(lr=factor * plan.lr), steps, b1=0.5)
-    owners = {"generator": adamw(1), "critic": adamw(critic_lr), "finder": optax.set_to_zero()}
+    owners = {"generator": adamw(1), "critic": adamw(critic_lr)}
     return optax.partition(owners, lambda net: jax.tree.map_with_path(lambda path, _: path[0].name, net))
 
 
@@ -294,37 +287,25 @@ def spreads(responses, particles, rows):
     return spread
 
 
-def warm_start(net, arrays, rows, plan, how, steps):
-    """The Adversaries before the training: the generator fitted to the counts for `steps` steps, whatever the
-    noise, and the finder, if there is one, to the peaks."""
-    def unlikelihood(generator, counts, c, key):
-        made = jax.vmap(generator)(c[:, :-1], jax.random.normal(key, (len(c), NOISE)))
-        return jax.vmap(partial(anchor_loss, generator, how=how))(made, counts).mean()
-
-    def misplaced(finder, counts, c, key):
-        x = picture(counts, how)
-        return jnp.mean((jax.vmap(lambda x: finder(x.ravel()))(x) - jax.vmap(peak)(x))**2)
-
-    generator = fit(net.generator, unlikelihood, arrays, rows, plan, steps, "generator")
-    finder = net.finder and fit(net.finder, misplaced, arrays, rows, plan, PEAK_STEPS, "peak finder")
-    return Adversaries(generator, net.critic, finder)
-
-
-def fit(net, error, arrays, rows, plan, steps, label):
-    """`net` after some steps of Adam on error(net, counts (B, H, W), c (B, C + 1), key)."""
+def warm_start(generator, arrays, rows, plan, how, steps):
+    """The generator before the training: fitted to the counts by `steps` of Adam, whatever the noise."""
     optimiser = optax.chain(optax.clip_by_global_norm(plan.clip), optax.adam(1e-3))
-    state, rng = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), np.random.default_rng(plan.seed)
+    state = optimiser.init(eqx.filter(generator, eqx.is_inexact_array))
+    rng = np.random.default_rng(plan.seed)
+
+    def loss(generator, counts, c, key):
+        noise = jax.random.normal(key, (len(c), NOISE))
+        return anchor_losses(generator, counts.astype(jnp.float32), c[:, :-1], noise, how).mean()
 
     @eqx.filter_jit
-    def step(net, state, counts, c, key):
-        gradient = eqx.filter_grad(error)(net, counts.astype(jnp.float32), c, key)
-        updates, state = optimiser.update(gradient, state)
-        return eqx.apply_updates(net, updates), state
+    def step(generator, state, counts, c, key):
+        updates, state = optimiser.update(eqx.filter_grad(loss)(generator, counts, c, key), state)
+        return eqx.apply_updates(generator, updates), state
 
-    for number in common.progress(steps, label, plan.quiet):
+    for number in common.progress(steps, "generator", plan.quiet):
         batch = np.sort(rng.choice(rows, plan.batch_size, replace=False))
-        net, state = step(net, state, *(array[batch] for array in arrays), jax.random.key(number))
-    return net
+        generator, state = step(generator, state, *(array[batch] for array in arrays), jax.random.key(number))
+    return generator
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -422,10 +403,9 @@ class Critic(eqx.Module):
 
 
 class Adversaries(eqx.Module):
-    """What is trained together; the peak finder of --aux, trained before, stays as it is."""
+    """What is trained together."""
     generator: Generator
     critic: Critic
-    finder: MLP | None
 
 
 class GAN(eqx.Module):
@@ -434,11 +414,9 @@ class GAN(eqx.Module):
     factor: jax.Array
 
 
-def make_adversaries(how, aux, detector, conditions, key):
-    generator_key, critic_key, finder_key = jax.random.split(key, 3)
-    finder = MLP(finder_key, math.prod(detector.shape), 128, 128, 2) if aux else None
-    generator = Generator(how, detector, conditions, generator_key)
-    return Adversaries(generator, Critic(detector, conditions, critic_key), finder)
+def make_adversaries(how, detector, conditions, key):
+    keys = jax.random.split(key)
+    return Adversaries(Generator(how, detector, conditions, keys[0]), Critic(detector, conditions, keys[1]))
 
 
 def make_gan(how, detector, conditions, key):
@@ -463,9 +441,10 @@ def main(argv=None):
         if args.sdi:
             spread = spreads(dataset.responses, dataset.particles, split.train)
         arrays = dataset.responses, np.column_stack([data.conditions(dataset.particles, scaler), spread])
-        net = make_adversaries(args.counts, args.aux, detector, conditions, plan.keys[0])
+        net = make_adversaries(args.counts, detector, conditions, plan.keys[0])
         if not args.resume:                                                    # which has all weights saved
-            net = warm_start(net, arrays, split.train, plan, args.counts, args.warm)
+            warm = warm_start(net.generator, arrays, split.train, plan, args.counts, args.warm)
+            net = Adversaries(warm, net.critic)
         weights = Weights(*(getattr(args, name) for name in Weights._fields))
         loss = partial(batch_loss, how=args.counts, loss=args.loss, weights=weights)
         net, times = train(net, loss, arrays, split.train, plan, args.critic_lr)

@@ -534,7 +534,8 @@ def test_logbook_logs_and_saves(tmp_path, every_minute):
     log = common.read_log(tmp_path)
     assert [record["step"] for record in log] == [4, 8, 12, 16, 18]
     assert log[0] == {"step": 4, "seconds": 61.0, "loss": 2.0, "norm": 1.0}
-    assert times == {"train_seconds": 61.0 * 6, "step_seconds": 61 / 4}        # median of 61 / (4, 4, 4, 2)
+    assert times == {"train_device": common.device_name(), "train_seconds": 61.0 * 6,
+                     "step_seconds": 61 / 4}                                   # median of 61 / (4, 4, 4, 2)
     header, state = common.load_checkpoint(tmp_path / "state.eqx", jnp.zeros(()), "fm", "zn")
     assert (header["step"], header["rows"], state) == (18, 70, 18)
     assert header["flags"] == {"lr": 0.1, "net": "tiny"}

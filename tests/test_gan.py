@@ -1,6 +1,7 @@
 """gan.py: each term against hand-made numbers or brute force, who learns from what, one run."""
 import json
 from functools import partial
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ import tiny
 KEY = jax.random.key(0)
 FLAGS = ["--n", "700", "--epochs", "1", "--batch-size", "64", "--quiet"]
 SHAPES = {name: detector.shape for name, detector in data.DETECTORS.items()}
-NOTHING = gan.Weights(0, 0, 0, 0, 0)
+NOTHING = gan.Weights(0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +28,6 @@ def shrunk(tmp_path_factory):
         tiny.shrink_detectors(patch, tmp_path_factory.mktemp("data"))
         patch.setattr(gan, "WIDTH", 8)
         patch.setattr(gan, "BLOCKS", 0)                # compiling attention and its gradients takes long
-        patch.setattr(gan, "PEAK_STEPS", 60)
         yield
 
 
@@ -44,13 +44,13 @@ class Net:
             draw = staticmethod(lambda made, key: jnp.round(made**2 / 4))
 
 
-def adversaries(how="sample", aux=True, detector="zn", conditions=14):
-    return gan.make_adversaries(how, aux, data.DETECTORS[detector], conditions, KEY)
+def adversaries(how="sample", detector="zn", conditions=14):
+    return gan.make_adversaries(how, data.DETECTORS[detector], conditions, KEY)
 
 
 @pytest.fixture(scope="module")
 def net():
-    """Adversaries with a peak finder, of random weights."""
+    """Adversaries of random weights."""
     return eqx.filter_jit(adversaries)()
 
 
@@ -84,13 +84,34 @@ def test_penalty_is_the_squared_gradient():
     assert found == pytest.approx(np.sum((2 * a * x)**2), rel=1e-5)
 
 
+class Maker(NamedTuple):
+    """A generator that adds the mean of its noise to c, a picture."""
+    fibres: object = None
+
+    def __call__(self, c, noise):
+        return c + noise.mean()
+
+
 def test_anchor_is_the_likelihood_of_the_counts():
     """That of checkerboard.py, or squares."""
     rng = np.random.default_rng(1)
-    counts, made = rng.poisson(2, (4, 5)).astype(np.float32), rng.normal(2, 1, (4, 5)).astype(np.float32)
-    assert gan.anchor_loss(Net.generator, made, counts, "sample") == (made + counts).mean()
-    expected = np.mean((made - np.log1p(counts))**2)
-    assert gan.anchor_loss(None, made, counts, "round") == pytest.approx(expected, rel=1e-4)
+    counts, made = rng.poisson(2, (2, 4, 5)).astype(np.float32), rng.normal(2, 1, (2, 4, 5)).astype(np.float32)
+    zeros = jnp.zeros((2, gan.NOISE))
+    found = gan.anchor_losses(Maker(Net.generator.fibres), counts, made, zeros, "sample")
+    np.testing.assert_allclose(found, (made + counts).mean((1, 2)), rtol=1e-5)
+    expected = np.mean((made - np.log1p(counts))**2, axis=(1, 2))
+    np.testing.assert_allclose(gan.anchor_losses(Maker(), counts, made, zeros, "round"), expected, rtol=1e-4)
+
+
+def test_best_noise_makes_what_is_most_alike():
+    """By brute force, each response with its own."""
+    rng = np.random.default_rng(2)
+    counts, tries = rng.poisson(2, (6, 4, 5)).astype(np.float32), rng.normal(0, 3, (4, 6, gan.NOISE))
+    c = np.log1p(counts) - rng.normal(size=(6, 1, 1))
+    found = gan.best_noise(Maker(), counts, c, jnp.float32(tries), "round")
+    error = np.mean((c + tries.mean(2)[:, :, None, None] - np.log1p(counts))**2, axis=(2, 3))      # (4, 6)
+    np.testing.assert_array_equal(found, np.float32(tries)[error.argmin(0), np.arange(6)])
+    assert len(set(error.argmin(0))) > 1
 
 
 def test_diversity_by_hand():
@@ -102,31 +123,22 @@ def test_diversity_by_hand():
     assert np.isfinite(alike) and alike > 100
 
 
-@pytest.mark.parametrize("shape", SHAPES.values())
-def test_peak(shape):
-    x, (h, w) = jnp.zeros(shape).at[3, 7].set(5).at[0, 0].set(4), shape
-    np.testing.assert_allclose(gan.peak(x), [2 * 3 / (h - 1) - 1, 2 * 7 / (w - 1) - 1], rtol=1e-6)
-    finder = lambda x: gan.peak(x.reshape(shape))
-    moved = jnp.zeros(shape).at[3, 9].set(5)
-    assert gan.peak_distance(finder, x, moved) == pytest.approx((4 / (w - 1))**2 / 2, rel=1e-5)
-
-
 @pytest.fixture(scope="module")
 def made(net, batch):
     """What batch_loss makes of the batch with KEY, for both noises: functions of a generator that return
-    features (6, P, 64), pictures (6, 12, 12) and the noise (6, NOISE)."""
-    keys, c = jax.random.split(KEY, 4), batch[1][:, :-1]
+    pictures (6, 12, 12) and the noise (6, NOISE)."""
+    keys, c = jax.random.split(KEY, 5), batch[1][:, :-1]
 
     @eqx.filter_jit
     def make(generator, noise_key, count_key):
         noise = jax.random.normal(noise_key, (6, gan.NOISE))
         features = jax.vmap(generator)(c, noise)
-        draw = partial(gan.draw_picture, generator, how="sample")
-        return features, jax.vmap(draw)(features, key=jax.random.split(count_key, 6)), noise
+        draw = partial(gan.draw_picture, jax.lax.stop_gradient(generator.fibres))
+        return jax.vmap(draw)(features, jax.random.split(count_key, 6)), noise
     return [partial(make, noise_key=keys[i], count_key=keys[i + 1]) for i in (0, 2)]
 
 
-WEIGHTS = gan.Weights(penalty=1.0, anchor=2.0, l2=0.3, sdi=0.1, aux=4.0)
+WEIGHTS = gan.Weights(penalty=1.0, anchor=2.0, l2=0.3, sdi=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -144,32 +156,32 @@ def test_loss_is_the_weighted_sum_of_its_parts(found):
 
 
 def test_terms_of_weight_0_are_left_out(net, batch):
-    nothing = gan.Weights(0, 0, 0, 0, 0)
+    nothing = gan.Weights(0, 0, 0, 0)
     parts = eqx.filter_eval_shape(gan.batch_loss, net, *batch, KEY, "sample", "plain", nothing)[1]
     assert parts.keys() == {"critic", "generator", "critic AUC", "spread of sums"}
 
 
 def test_adversaries_learn_from_their_own_terms(net, batch, made, found):
     """Each gradient is that of the own terms, written out here, with the other's weights and pictures fixed;
-    the penalty is that of the first row. The peak finder does not learn."""
+    the penalty is that of the first row. The anchor takes the best of the tried noises."""
     counts, c, spread = jnp.float32(batch[0]), batch[1][:, :-1], batch[1][:, -1]
     x, real = jnp.sqrt(counts), jax.vmap(net.critic)(jnp.sqrt(jnp.float32(batch[0])), batch[1][:, :-1])[0]
     log_sigmoid = lambda x: -jnp.log1p(jnp.exp(-x))
 
     def generator_loss(generator):
-        (features, fake, z), (_, other, other_z) = (make(generator) for make in made)
+        (fake, z), (other, other_z) = (make(generator) for make in made)
+        tries = jax.random.normal(jax.random.split(KEY, 5)[4], (gan.TRIES, 6, gan.NOISE))
+        nats = jnp.stack([jax.vmap(generator.fibres.loss)(jax.vmap(generator)(c, z), counts) for z in tries])
         (values, codes), (_, other_codes) = (jax.vmap(net.critic)(x, c) for x in (fake, other))
         distances = jnp.abs(codes - other_codes).mean(1) + 1e-3
-        peaks = [jax.vmap(net.finder)(x.reshape(6, -1)) for x in (fake, x)]
         terms = {"generator": -log_sigmoid(values - real).mean(),
-                 "anchor": jax.vmap(generator.fibres.loss)(features, counts).mean(),
+                 "anchor": nats.min(0).mean(),
                  "l2": jnp.mean((fake - x)**2),
-                 "sdi": jnp.mean(spread * jnp.abs(z - other_z).mean(1) / distances),
-                 "aux": jnp.mean((peaks[0] - peaks[1])**2)}
+                 "sdi": jnp.mean(spread * jnp.abs(z - other_z).mean(1) / distances)}
         return sum(getattr(WEIGHTS, name, 1.0) * term for name, term in terms.items()), terms
 
     def critic_loss(critic):
-        fake = made[0](net.generator)[1]
+        fake = made[0](net.generator)[0]
         real, values = (jax.vmap(critic)(x, c)[0] for x in (x, fake))
         slopes = [jax.grad(lambda x: critic(x, c[0])[0])(x[0]) for x in (x, fake)]
         penalty = sum(jnp.sum(slope**2) for slope in slopes) / 2
@@ -188,7 +200,6 @@ def test_adversaries_learn_from_their_own_terms(net, batch, made, found):
         for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-7)
         assert any(np.any(leaf) for leaf in jax.tree.leaves(own))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.finder))
 
 
 # -------------------------------------------------------------------------------- pictures that a critic sees
@@ -217,7 +228,7 @@ def test_drawn_roots_are_those_of_counts_with_a_smooth_gradient(more):
 
 def test_pictures_of_log_responses_are_the_map_itself():
     made = jnp.linspace(-1, 5, 6).reshape(2, 3)
-    np.testing.assert_array_equal(gan.draw_picture(None, made, "round", KEY), made)
+    np.testing.assert_array_equal(gan.draw_picture(None, made, KEY), made)
     np.testing.assert_allclose(gan.picture(np.array([0.0, 3.0]), "round"), [0, np.log(4)], rtol=1e-6)
 
 
@@ -268,12 +279,12 @@ def plan(*flags):
     return common.plan(gan.parse([*FLAGS, *map(str, flags)]))
 
 
-def test_each_adversary_has_its_own_rate_and_the_finder_none():
+def test_each_adversary_has_its_own_rate():
     """The first step of AdamW is the learning rate, for any gradient."""
-    net = gan.Adversaries(*(jnp.zeros(1) for _ in range(3)))
+    net = gan.Adversaries(*(jnp.zeros(1) for _ in range(2)))
     optimiser = gan.make_optimiser(plan("--schedule", "cosine", "--lr", 0.01), 10, critic_lr=3.0)
     updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, net), optimiser.init(net), net)
-    np.testing.assert_allclose(np.concatenate(jax.tree.leaves(updates)), [-0.01, -0.03, 0], rtol=1e-4)
+    np.testing.assert_allclose(np.concatenate(jax.tree.leaves(updates)), [-0.01, -0.03], rtol=1e-4)
 
 
 def test_spreads_by_brute_force():
@@ -295,25 +306,21 @@ def test_spreads_by_brute_force():
     assert gan.spreads(responses[:1], particles[:1], np.array([0])).tolist() == [0.0]
 
 
-def test_warm_start_fits_generator_and_finder(net, dataset, arrays):
-    """Light where the data have it before the critic says anything, and a finder that finds."""
+def test_warm_start_fits_the_generator(net, dataset, arrays):
+    """Light where the data have it before the critic says anything."""
     rows, c = np.arange(489), jnp.asarray(arrays[1][:64, :-1])
-    x = jnp.sqrt(jnp.float32(dataset.responses[:64]))
-    warm = gan.warm_start(net, arrays, rows, plan("--batch-size", 32), "sample", 60)
+    warm = gan.warm_start(net.generator, arrays, rows, plan("--batch-size", 32), "sample", 60)
 
     @eqx.filter_jit
-    def errors(net):
-        made = gan.sample(gan.GAN(net.generator, jnp.array(1.0)), c, KEY, "sample")
-        peaks = jax.vmap(gan.peak)(x) - jax.vmap(net.finder)(x.reshape(64, -1))
-        return jnp.abs((made > 0).mean() - (x > 0).mean()), jnp.mean(peaks**2)
-    for before, after in zip(errors(net), errors(warm)):
-        assert after < 0.5 * before
-    assert eqx.tree_equal(warm.critic, net.critic)
+    def error(generator):
+        made = gan.sample(gan.GAN(generator, jnp.array(1.0)), c, KEY, "sample")
+        return jnp.abs((made > 0).mean() - (dataset.responses[:64] > 0).mean())
+    assert error(warm) < 0.5 * error(net.generator)
 
 
 def test_no_warm_start_changes_nothing(net, arrays):
-    cold = gan.Adversaries(net.generator, net.critic, None)
-    assert eqx.tree_equal(gan.warm_start(cold, arrays, np.arange(489), plan(), "sample", 0), cold)
+    warm = gan.warm_start(net.generator, arrays, np.arange(489), plan(), "sample", 0)
+    assert eqx.tree_equal(warm, net.generator)
 
 
 def test_collapse_is_reported(capsys):
@@ -330,7 +337,7 @@ def test_shapes(how, conditions, precision, detector, monkeypatch):
     monkeypatch.setattr(gan, "BLOCKS", 1)
     shape = SHAPES[detector]
     real = data.DETECTORS[detector]._replace(shape=shape)
-    net = eqx.filter_eval_shape(gan.make_adversaries, how, True, real, conditions, KEY)
+    net = eqx.filter_eval_shape(gan.make_adversaries, how, real, conditions, KEY)
     counts, c = np.zeros((4, *shape), np.uint16), np.zeros((4, conditions + 1), np.float32)
     lowered = common.lower(net, precision), counts, c, KEY
     loss, parts = eqx.filter_eval_shape(gan.batch_loss, *lowered, how, "plain", WEIGHTS)
@@ -367,8 +374,8 @@ def test_saved_and_loaded(trained, tmp_path):
 
 def test_resume_is_as_uninterrupted(arrays, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
-    weights = gan.Weights(penalty=0.0, anchor=2.0, l2=0.0, sdi=0.1, aux=0.0)   # as the run above
-    net = adversaries(aux=False)
+    weights = gan.Weights(penalty=0.0, anchor=2.0, l2=0.0, sdi=0.1)   # as the run above
+    net = adversaries()
     loss = partial(gan.batch_loss, how="sample", loss="relativistic", weights=weights)
 
     def run(*flags):
