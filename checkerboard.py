@@ -49,8 +49,7 @@ class Checkerboard(eqx.Module):
         return jnp.split(self.rate(jax.nn.silu(h)).astype(jnp.float32), len(COLOURS), axis=1)
 
     def distribution(self, h, log_rate, seen):
-        """Location, scale and odds (P, F) of the next colour, from its rate and pictures of sqrt(n) of those
-        before."""
+        """Location, scale and odds (P, F) of the next colour; `seen` are pictures of sqrt(n) before it."""
         if seen:
             around = jnp.concatenate([data.windows(x, self.half) for x in seen], axis=1)
             h = h + self.context[len(seen) - 1](around)
@@ -60,27 +59,23 @@ class Checkerboard(eqx.Module):
         return shift + 2 * jnp.exp(jnp.clip(log_rate, -15, 9) / 2), data.bounded_scale(log_scale), odds
 
     def loss(self, h, counts):
-        """-log P of counts (H, W), mean in nats per fibre, plus that of Poisson counts of the rates alone.
-        The Poisson term is strict with bright fibres: without it, a wide distribution explains a narrow
-        shower and the latent is ignored (on validation rows, W of ZP's reconstruction is three times as
-        high)."""
+        """-log P of counts (H, W), mean in nats per fibre, plus that of Poisson counts of the rates alone,
+        which is strict with bright fibres: without it, a wide distribution explains a narrow shower and the
+        latent is ignored (W of ZP's reconstruction is three times as high)."""
         nats, seen, inside = 0.0, [], jnp.ones(self.shape)
         for k, log_rate in enumerate(self.log_rates(h)):
             n = self.patches(counts, k)
-            losses = data.count_loss(n, *self.distribution(h, log_rate, seen))
-            losses += data.poisson_loss(n, log_rate)
+            losses = data.count_loss(n, *self.distribution(h, log_rate, seen)) + data.poisson_loss(n, log_rate)
             nats += jnp.sum(self.patches(inside, k) * losses)
             seen.append(jnp.sqrt(self.picture(n, k)))
         return nats / counts.size
 
     def draw(self, h, key):
         """Photon counts (H, W)."""
-        roots = self.draw_roots(h, key, lambda *law: jnp.sqrt(data.draw_counts(*law)))
-        return jnp.round(jnp.square(roots))
+        return jnp.round(jnp.square(self.draw_roots(h, key, lambda *law: jnp.sqrt(data.draw_counts(*law)))))
 
     def draw_roots(self, h, key, draw):
-        """Roots of photon counts (H, W), those of each colour by draw(location, scale, key, odds). A gradient
-        reaches a fibre through its own distribution alone."""
+        """Roots of counts (H, W), each by draw(location, scale, key, odds), with no gradient to another."""
         seen, drawn = [], {}
         for k, (log_rate, key) in enumerate(zip(self.log_rates(h), jax.random.split(key, len(COLOURS)))):
             location, scale, odds = self.distribution(h, log_rate, seen)

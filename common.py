@@ -353,8 +353,9 @@ def load_checkpoint(path, like, script=None, detector=None):
 
 def save_model(run, header, scaler, scores, net):
     """Write model.eqx into the folder `run`, in float16; returns the network as it is kept there, in float32.
-    Its header is `header` (script, detector, flags), the `scaler` of the conditions, and the `scores`."""
-    header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores}
+    Its header is `header` (script, detector, flags), the `scaler` of the conditions, `scores` and device."""
+    header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores,
+                       "train_device": device_name()}
     half = cast(jax.device_get(net), np.float16)
     save_checkpoint(run / "model.eqx", header, half)
     return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, cast(half, np.float32))
@@ -442,12 +443,11 @@ class Logbook(AbstractContextManager):
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
-        """{"train_device", "train_seconds": of all parts of the run, "step_seconds": median, None for a log of
-        one line}."""
+        """{"train_seconds": of all parts of the run, "step_seconds": median, None for a log of one line}."""
         log = read_log(self.plan.run)
         per_step = [(after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
                     for before, after in zip(log, log[1:])]
-        return {"train_device": device_name(), "train_seconds": self.before + time.perf_counter() - self.began,
+        return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
 
 

@@ -648,8 +648,10 @@ def generator(draw, scaler, seed):
 
 def origin(args):
     """Where a result comes from, the first entries of metrics.json."""
+    device = common.device_name()
     return {"script": args.script, "detector": args.detector, "command": args.command,
-            "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"]}
+            "versions": common.versions(), "device": device, "flags": args.header["flags"],
+            "train_device": args.header.get("train_device", None if args.load else device)}
 
 
 def plot_logs(run):

@@ -59,7 +59,8 @@ def markdown(columns, rows):
 
 
 MODEL = {"model": key("label"), "detector": key("detector")}
-MS, MINUTES = at("ms_per_response.256", ".3f"), at("train_seconds", ".1f", 1 / 60)
+MS, TRAINING = at("ms_per_response.256", ".3f"), at("train_seconds", ".1f", 1 / 60)
+minutes = lambda row: TRAINING(row) + " (GPU)" * (" x " in (row.get("train_device") or ""))
 PUBLISHED = {"published W": at("published.W"), "published MAE": at("published.MAE")}
 TEST = {"W": at("seen.W.value"), "R": at("seen.W.R"), "MAE": at("seen.MAE.value"),
         "RMSE": at("seen.RMSE.value")}
@@ -109,7 +110,7 @@ def tabled(root, *names, columns, rows=lambda result: result["rows"]):
 
 def trained(root):
     """The rows of weights/ and of the table `variants`, with the commands that repeat them."""
-    for row in load(root, "weights", tables.MODELS):
+    for row in load(root, "weights", tables.RECIPES["zn"]):
         detector, label = row["detector"].lower(), row["script"]
         whole = tables.commands("results", tables.tables(detector)["results"], detector)
         yield row | {"label": label, "command": whole[label], "measured_with": row["versions"]["zdc"]}
@@ -124,7 +125,7 @@ def models(root, columns, choose=lambda row: True):
 
 SUMMARY = {"W": TEST["W"], "oracle": at("seen.W.oracle"), "R, seen particles": TEST["R"],
            "R, unseen": at("unseen.W.R"), **AUC, "ms per response, batch 256": MS,
-           "batch 1": at("ms_per_response.1"), "training, min": MINUTES}
+           "batch 1": at("ms_per_response.1"), "training, min": minutes}
 COMMANDS = {"measured with": lambda row: f"{row['device']}, version {row['measured_with']}",
             "command": lambda row: f"`{row['command']}`"}
 TIMES = {f"batch {size}": at(f"ms_per_response.{size}", ".3f") for size in common.BATCHES}
@@ -142,7 +143,7 @@ def scored(part):
 
 
 SCORES = MODEL | {"particles": key("particles"), "test rows": key("test rows"), **scored("scores"),
-                  "ms per response": MS, "parameters": key("parameters"), "training, min": MINUTES}
+                  "ms per response": MS, "parameters": key("parameters"), "training, min": minutes}
 
 
 def parts(root):
@@ -167,13 +168,13 @@ def printed(root):
 
 COUNTS = {"--counts": key("label"), **scored("seen"),
           "singles, % of lit (real)": beside("seen.marginals.single_percent", ".1f", "real"),
-          "evaluations": key("evaluations"), "training, min": MINUTES}
+          "evaluations": key("evaluations"), "training, min": minutes}
 AUTOENCODERS = {"encoder and decoder, latent": key("label"), **PUBLISHED, **TEST, "ms per response": MS,
-                "parameters": key("parameters"), "training, min": MINUTES}
+                "parameters": key("parameters"), "training, min": minutes}
 DISPERSION = {f"dispersion{kind.replace('_', ', ')} (oracle)": beside(f"seen.dispersion{kind}", ".3f")
               for kind in ("", "_gamma", "_n", "_p", "_Lambda")}           # of all, in version 0.1.0 by type
 ADVERSARIES = {"model": key("label"), **PUBLISHED, **TEST, **AUC, **DISPERSION, "factor": at("factor"),
-               "training, min": MINUTES}
+               "training, min": minutes}
 STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
@@ -282,7 +283,7 @@ SHOWERS = {"model": key("label"), "showers": key("detector"), "AUC u (oracle)": 
            "AUC high": beside("scores.AUC_high", ".3f"), "AUC low": beside("scores.AUC_low", ".3f"),
            "FPD x 1000": beside("scores.FPD", ".1f", scale=1000), "evaluations": at("evaluations", ".0f"),
            "ms per shower, batch 100": at("ms_per_response.100", ".1f"),
-           "batch 1": at("ms_per_response.1", ".1f"), "training, min": MINUTES}
+           "batch 1": at("ms_per_response.1", ".1f"), "training, min": minutes}
 FAMILIES = ("layer energies", "E_tot", "centres", "widths", "sparsity", "radial centres", "radial widths",
             "voxels", "ring depths")
 SEPARATIONS = {"model": key("label"), "showers": key("detector")}

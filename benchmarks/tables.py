@@ -43,12 +43,14 @@ RESULTS = "benchmarks/results"
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-MODELS = "fm", "latent_fm", "diffusion", "vae", "gan", "vqgan", "iaf"
-TRAINED = {"zn": {"fm": "fm.py --n 306780 --epochs 8",
-                  "latent_fm": "latent_fm.py --n 306780 --epochs 6 --flow-epochs 30"},
-           "zp": {"fm": "fm.py --n 129676 --epochs 28",
-                  "latent_fm": "latent_fm.py --n 129676 --epochs 14 --flow-epochs 80",
-                  "iaf": "iaf.py --n 40000 --epochs 4"}}   # the others with their default flags
+# of the models of weights/, each with all rows
+RECIPES = {"zn": {"fm": "--epochs 8", "latent_fm": "--epochs 6 --flow-epochs 30", "diffusion": "--epochs 8",
+                  "vae": "--epochs 8", "gan": "--epochs 4", "vqgan": "--epochs 4 --prior-epochs 8",
+                  "iaf": "--epochs 2 --student-epochs 2 --sum-epochs 3"},
+           "zp": {"fm": "--epochs 28", "latent_fm": "--epochs 14 --flow-epochs 30",
+                  "diffusion": "--epochs 28", "vae": "--epochs 20", "gan": "--epochs 10",
+                  "vqgan": "--epochs 10 --prior-epochs 20",
+                  "iaf": "--epochs 5 --student-epochs 4 --sum-epochs 8"}}
 ADVERSARIES = {"GAN": "", "GAN, post": "--post", "GAN + l2": "--l2 1", "GAN + l2, post": "--l2 1 --post",
                "SDI-GAN": "--sdi 0.1", "SDI-GAN, post": "--sdi 0.1 --post"}
 STABILISERS = {"all": "", "plain loss": "--loss plain", "no penalty": "--penalty 0",
@@ -57,9 +59,8 @@ STABILISERS = {"all": "", "plain loss": "--loss plain", "no penalty": "--penalty
 STUDENTS = {"base": "--channel-loss 0 --light-loss 0", "channel": "--no-diversity --light-loss 0",
             "channel and diversity": "--light-loss 0",                     # so far [IAF, Table 1]
             "channel, diversity and light": ""}
-SOLVERS = {"--solver ddim --eta 0.7": (5, 10, 25, 50, 100, 250, 800),      # [Comparison, Fig. 7]
-           "--solver ddim --eta 0": (5, 10, 14, 25, 50), "--solver dpm": (5, 10, 14, 25, 50)}
-SOLVERS |= {f"--solver ddim --eta {eta}": (50,) for eta in (0.3, 0.5, 0.85, 1)}
+SOLVERS = {"--solver ddim --eta 0.7": (11, 25, 50), "--solver second --eta 0.7": (5, 8, 11, 16, 25)}
+SOLVERS |= {f"--solver second --eta {eta}": (11,) for eta in (0, 0.3, 0.5, 0.85, 1)}   # [Comparison, Fig. 7]
 TEMPERATURES, TOP_KS = (0.8, 0.9, 1, 1.1, 1.2, 1.4), (4, 16, 64, 0)        # [Poster, Fig. 7]; 0: all tokens
 
 # W, MAE and RMSE on GEANT data of ZN; two did not converge there [Comparison, Tables 2 to 4 and 6]
@@ -82,7 +83,7 @@ def tables(detector):
     if detector in CALORIMETERS:
         whole = "calodream.py --epochs 6" if detector == "ds3" else "calodream.py"
         return {"results": {"calodream": whole, "calodream-latent": "calodream.py --latent --epochs 8"}}
-    weights, dpm = f"weights/{{}}-{detector}.eqx", "--solver dpm --steps 14"
+    weights, rows = f"weights/{{}}-{detector}.eqx", f"--n {data.ROWS[detector]}"
     vae, gan = "vae.py --arch {} --variant {} --epochs 3", "gan.py --n 20000"
     plain = "--temperature 1 --top-k 0"
     gpt = f"runs/tables/vqgan-gpt-sweep-{detector}/temperature-1-top-k-0/model.eqx"
@@ -90,10 +91,9 @@ def tables(detector):
     tokens = [f"--temperature {t} --top-k {k}" for k in TOP_KS for t in TEMPERATURES]
     passes = [f"--steps {n} {plain}" for n in (4, 6, 8, 12, 16, 32)]
     return {
-        "results": {model: f"{model}.py" for model in MODELS} | TRAINED[detector],
-        "variants": {"fm, default flags": "fm.py --steps 11",
-                     "diffusion, 14 steps of dpm": f"diffusion.py --load {weights.format('diffusion')} {dpm}",
-                     "diffusion, all rows": f"diffusion.py --n {data.ROWS[detector]} --epochs 6 {dpm}",
+        "results": {model: f"{model}.py {rows} {recipe}" for model, recipe in RECIPES[detector].items()},
+        "variants": {"fm, default flags": "fm.py --steps 11", "fm, seed 1": "fm.py --steps 11 --seed 1",
+                     "fm, seed 2": "fm.py --steps 11 --seed 2",
                      "latent_fm, published network": "latent_fm.py --net paper --epochs 5 --flow-epochs 10"},
         "counts": {how: f"fm.py --n 20000 --counts {how}" for how in ("round", "floor", "sample")},
         "autoencoders": {label: vae.format(*label.split(", ")) for label in PUBLISHED["autoencoders"]},
@@ -163,8 +163,8 @@ def run_row(command, root):
     return done() if code == 0 else None
 
 
-KEPT = ("device", "rows", "parameters", "mflop", "evaluations", "train_seconds", "step_seconds",
-        "ms_per_response", "reconstruction", "factor", "validation", "models")
+KEPT = ("device", "rows", "parameters", "mflop", "evaluations", "train_device", "train_seconds",
+        "step_seconds", "ms_per_response", "reconstruction", "factor", "validation", "models")
 
 
 def collected(label, command, result):
@@ -303,7 +303,7 @@ def tokens(detector):
         make = lambda key: vqgan.VQGAN(vqgan.Autoencoder(grid, conditions, "sample", "vqvae", key),
                                        vqgan.PRIORS[prior](grid, key))
         net = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), eqx.filter_eval_shape(make, key))
-        draw = eqx.filter_jit(eqx.Partial(vqgan.sample, common.lower(net, precision), how="sample", steps=8,
+        draw = eqx.filter_jit(eqx.Partial(vqgan.sample, common.lower(net, precision), steps=8,
                                           temperature=1.0, top_k=0))
         call = partial(draw, np.zeros((batch, conditions), np.float32), key)
         ms = 1e3 * race({"draw": call}, repeats=2 if batch <= 256 else 1)["draw"] / batch

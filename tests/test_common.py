@@ -401,6 +401,7 @@ def test_model_is_kept_in_float16(tmp_path):
     assert path.stat().st_size < 2 * common.count_parameters(net) + 2000
     header = common.read_header(path)
     assert header["parameters"] == common.count_parameters(net) and header["scores"] == {"step_seconds": 1.5}
+    assert header["train_device"] == common.device_name()
     stored = data.stored_scaler(header)
     assert stored.mode == "raw" and np.float32(stored.mean) == scaler.mean
     with pytest.raises(UserError, match="model.eqx: holds other arrays"):
@@ -534,8 +535,7 @@ def test_logbook_logs_and_saves(tmp_path, every_minute):
     log = common.read_log(tmp_path)
     assert [record["step"] for record in log] == [4, 8, 12, 16, 18]
     assert log[0] == {"step": 4, "seconds": 61.0, "loss": 2.0, "norm": 1.0}
-    assert times == {"train_device": common.device_name(), "train_seconds": 61.0 * 6,
-                     "step_seconds": 61 / 4}                                   # median of 61 / (4, 4, 4, 2)
+    assert times == {"train_seconds": 61.0 * 6, "step_seconds": 61 / 4}        # median of 61 / (4, 4, 4, 2)
     header, state = common.load_checkpoint(tmp_path / "state.eqx", jnp.zeros(()), "fm", "zn")
     assert (header["step"], header["rows"], state) == (18, 70, 18)
     assert header["flags"] == {"lr": 0.1, "net": "tiny"}
