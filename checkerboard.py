@@ -64,8 +64,8 @@ class Checkerboard(eqx.Module):
         latent is ignored (W of ZP's reconstruction is three times as high)."""
         nats, seen, inside = 0.0, [], jnp.ones(self.shape)
         for k, log_rate in enumerate(self.log_rates(h)):
-            n = self.patches(counts, k)
-            losses = data.count_loss(n, *self.distribution(h, log_rate, seen)) + data.poisson_loss(n, log_rate)
+            n, law = self.patches(counts, k), self.distribution(h, log_rate, seen)
+            losses = data.count_loss(n, *law) + data.poisson_loss(n, log_rate)
             nats += jnp.sum(self.patches(inside, k) * losses)
             seen.append(jnp.sqrt(self.picture(n, k)))
         return nats / counts.size

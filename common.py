@@ -354,10 +354,9 @@ def load_checkpoint(path, like, script=None, detector=None):
 def save_model(run, header, scaler, scores, net):
     """Write model.eqx into the folder `run`, in float16; returns the network as it is kept there, in float32.
     Its header is `header` (script, detector, flags), the `scaler` of the conditions, `scores` and device."""
-    header = header | {"scaler": scaler._asdict(), "parameters": count_parameters(net), "scores": scores,
-                       "train_device": device_name()}
+    found = {"scaler": scaler._asdict(), "parameters": count_parameters(net), "train_device": device_name()}
     half = cast(jax.device_get(net), np.float16)
-    save_checkpoint(run / "model.eqx", header, half)
+    save_checkpoint(run / "model.eqx", header | found | {"scores": scores}, half)
     return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, cast(half, np.float32))
 
 

@@ -117,8 +117,8 @@ def batch_loss(net, counts, c, key):
     u = (jnp.arange(half) + jax.random.uniform(time_key, (half,))) / half      # stratified: less noise
     t = jnp.minimum(END + jnp.floor(u * (LENGTH - END)).astype(int), LENGTH - 1)
     path, factor = jax.vmap(partial(denoising_loss, net))(x0[:half], t, c[:half], keys[:half])
-    # 1 / abar makes Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0 (Salimans
-    # and Ho 2022): more weight at noisy times, which settle place and brightness of a shower
+    # 1 / abar makes Eq. 11 the squared error of the velocity sqrt(abar) epsilon - sqrt(1 - abar) x_0
+    # (Salimans and Ho 2022): more weight at noisy times, which settle place and brightness of a shower
     path, factor = jnp.mean(path / jnp.take(ABAR, t)), factor.mean()
     nats = jax.vmap(partial(count_nats, net))(counts[half:], x0[half:], c[half:], keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows

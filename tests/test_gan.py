@@ -95,7 +95,8 @@ class Maker(NamedTuple):
 def test_anchor_is_the_likelihood_of_the_counts():
     """That of checkerboard.py, or squares."""
     rng = np.random.default_rng(1)
-    counts, made = rng.poisson(2, (2, 4, 5)).astype(np.float32), rng.normal(2, 1, (2, 4, 5)).astype(np.float32)
+    counts = rng.poisson(2, (2, 4, 5)).astype(np.float32)
+    made = rng.normal(2, 1, (2, 4, 5)).astype(np.float32)
     zeros = jnp.zeros((2, gan.NOISE))
     found = gan.anchor_losses(Maker(Net.generator.fibres), counts, made, zeros, "sample")
     np.testing.assert_allclose(found, (made + counts).mean((1, 2)), rtol=1e-5)
