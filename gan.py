@@ -14,7 +14,7 @@ counts (`--post`).
 Photons are counts, drawn from the distributions of checkerboard.py, with the gradient of softened counts.
 `--counts round` rounds log responses, as the papers do.
 
-    python gan.py --detector zn                          ten minutes of training on two CPU cores
+    python gan.py --detector zn                          a quarter of an hour on two CPU cores
     python gan.py --load weights/gan-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/gan-zn/`.

@@ -10,7 +10,7 @@ takes one pass; it learns by the loops x -> z -> x' and z -> x' -> z' with the t
         + W f(c) / 5 sum_k (w_k - w'_k)^2, w_k: share of the light in channel k                   [IAF, Eq. 2]
 A third network learns P(S | c). Counts n are made continuous as n + nu u, u uniform [Comparison, Table 7].
 
-    python iaf.py --detector zn                                       25 minutes on two CPU cores
+    python iaf.py --detector zn                                       20 minutes on two CPU cores
     python iaf.py --load weights/iaf-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the trainings, W of each --removal, then every score of metrics.py beside its oracle; ends with

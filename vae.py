@@ -13,7 +13,7 @@ Photons are counts, drawn from what is decoded, so that R = -log p(x | z) has no
 in bursts and spots, so they spread more than Poisson counts of a decoded rate (`--likelihood poisson`): by
 default those of checkerboard.py are drawn. `mse`: squared error of log responses, as the papers.
 
-    python vae.py --detector zn                          eleven minutes of training on two CPU cores
+    python vae.py --detector zn                          nine minutes of training on two CPU cores
     python vae.py --load weights/vae-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/vae-zn/`.

@@ -11,7 +11,7 @@ or ours (--prior masked), which draws many at once, as MaskGIT (Chang et al. 202
 patches that lie far apart, so that a pass is a small dense network. The papers use --prior gpt with
 --particle tokens, --counts round and the terms of [FM, Eq. 7] (--variant vqgan), [Comparison] --tokens 36.
 
-    python vqgan.py --detector zn                                 both stages, 20 minutes on two CPU cores
+    python vqgan.py --detector zn                                 both stages, ten minutes on two CPU cores
     python vqgan.py --detector zn --stage 2 --prior gpt           another prior, same autoencoder
     python vqgan.py --load weights/vqgan-zn.eqx --generate particles.csv --out responses.h5
 
