@@ -19,7 +19,6 @@ Photons are counts, drawn from the distributions of checkerboard.py, with the gr
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/gan-zn/`.
 """
-import math
 from functools import partial
 from typing import NamedTuple
 
