@@ -258,45 +258,26 @@ def encode_all(autoencoder, responses, c, rows):
 # time t (); vmap makes the batch. encode(x, c) gives the mean and the log standard deviation of z, (2, ...);
 # decode(z, c) gives features (P, hidden) of the patches or, with --net paper, a log response (1, H, W).
 
-# same as fm.py: Embedding
-class Embedding(eqx.Module):
-    """Time t and particle c (C,) as one vector (width,)."""
-    first: Linear
-    second: Linear
-
-    def __init__(self, conditions, width, key):
-        keys = jax.random.split(key)
-        self.first = Linear(data.features(conditions) + 16, width, keys[0])
-        self.second = Linear(width, width, keys[1])
-
-    def __call__(self, t, c):
-        angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        h = jnp.concatenate([data.with_sinusoids(c), jnp.sin(angles), jnp.cos(angles)])
-        return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
-
-# same as fm.py: DenseBlock
-class DenseBlock(eqx.Module):
-    """Residual block on one vector (width,), scaled, shifted and gated by an embedding: adaptive layer norm
-    (Peebles and Xie 2023)."""
+class Block(eqx.Module):
+    """Residual block on one vector (width,)."""
     up: Linear
     down: Linear
-    modulation: Linear
 
-    def __init__(self, width, embedding, key):
-        keys = jax.random.split(key, 3)
+    def __init__(self, width, key):
+        keys = jax.random.split(key)
         self.up, self.down = Linear(width, 2 * width, keys[0]), Linear(2 * width, width, keys[1])
-        self.modulation = Linear(embedding, 3 * width, keys[2])
 
-    def __call__(self, h, e):
-        scale, shift, gate = jnp.split(self.modulation(e), 3)
-        return h + gate * self.down(jax.nn.silu(self.up(normalise(h) * (1 + scale) + shift)))
+    def __call__(self, h):
+        return h + self.down(jax.nn.silu(self.up(normalise(h))))
+
 
 class DenseAutoencoder(eqx.Module):
-    """Ours, conditioned on the particle, in two halves made like Dense in fm.py: patches of 4 x 4 fibres
-    shrink to a few numbers each and pass, with the light around the possible impact points, residual blocks
-    as one wide vector; in the decoder, such a vector returns a few numbers to each patch, which a small
-    network that all patches share joins with their vicinity to the impact points."""
-    embedding: Embedding
+    """Ours, in two halves made like Dense in fm.py: patches of 4 x 4 fibres shrink to a few numbers each and
+    pass, with the light around the possible impact points, residual blocks as one wide vector; in the
+    decoder, such a vector returns a few numbers to each patch, which a small network that all patches share
+    joins with their vicinity to the impact points. Of the particle both see these points alone: a decoder
+    that sees all of it knows the brightness of each training particle, so that the latent does not hold it,
+    and an unseen particle gets that of another one."""
     encoder: list
     enter: Linear
     blocks: list
@@ -309,38 +290,35 @@ class DenseAutoencoder(eqx.Module):
     size: int = eqx.field(static=True)
 
     def __init__(self, detector, conditions, latent, key, width=256, depth=2, down=8, up=12, hidden=64,
-                 embedding=128, size=4):
-        first, *keys = jax.random.split(key, 3)
-        self.embedding, self.detector, self.size = Embedding(conditions, embedding, first), detector, size
+                 size=4):
+        keys, self.detector, self.size = iter(jax.random.split(key, 8 + 2 * depth)), detector, size
         offsets, bumps = data.vicinity(jnp.zeros(conditions), detector, size)
         patches, near = len(bumps), offsets.shape[1] + bumps[0].size
-        block = lambda key: DenseBlock(width, embedding, key)
-        keys, up_keys = iter(jax.random.split(keys[0], 3 + depth)), iter(jax.random.split(keys[1], 5 + depth))
         self.encoder = [Linear(size**2, down, next(keys)),
                         Linear(down * patches + bumps.shape[1], width, next(keys)),
-                        [block(next(keys)) for _ in range(depth)],
+                        [Block(width, next(keys)) for _ in range(depth)],
                         Linear(width, 2 * latent, next(keys))]
-        self.enter = Linear(latent, width, next(up_keys))
-        self.blocks = [block(next(up_keys)) for _ in range(depth)]
-        self.leave = Linear(width, up * patches, next(up_keys))
+        self.enter = Linear(latent, width, next(keys))
+        self.blocks = [Block(width, next(keys)) for _ in range(depth)]
+        self.leave = Linear(width, up * patches, next(keys))
         self.position = jnp.zeros((patches, hidden))
-        self.local = Linear(up + near, hidden, next(up_keys))
-        self.modulation = Linear(width, 2 * hidden, next(up_keys))
-        self.fibres = Checkerboard(hidden, detector.shape, size, next(up_keys))
+        self.local = Linear(up + near, hidden, next(keys))
+        self.modulation = Linear(width, 2 * hidden, next(keys))
+        self.fibres = Checkerboard(hidden, detector.shape, size, next(keys))
 
     def encode(self, x, c):
         squeeze, enter, blocks, out = self.encoder
         patches, bumps = data.to_patches(x, self.size), data.vicinity(c, self.detector, self.size)[1]
         light = data.impact_light(bumps, patches)
-        h, e = enter(jnp.concatenate([squeeze(patches).ravel(), light])), self.embedding(0.0, c)   # (width,)
+        h = enter(jnp.concatenate([squeeze(patches).ravel(), light]))                              # (width,)
         for block in blocks:
-            h = block(h, e)
+            h = block(h)
         return out(normalise(h)).reshape(2, -1).astype(jnp.float32)                                # (2, L)
 
     def decode(self, z, c):
-        h, e = self.enter(z), self.embedding(0.0, c)                                               # (width,)
+        h = self.enter(z)                                                                          # (width,)
         for block in self.blocks:
-            h = block(h, e)
+            h = block(h)
         h = normalise(h)
         near = data.near_impact(c, self.detector, self.size)                                       # (P, 67)
         own = jnp.concatenate([self.leave(h).reshape(len(near), -1), near], axis=1)
@@ -373,16 +351,18 @@ class DenseFlow(eqx.Module):
     enter: Linear
     blocks: list
     out: Linear
+    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, latent, conditions, key, width=112, depth=3, embedding=192, times=32):
-        keys = iter(jax.random.split(key, 5 + depth))
-        self.particle = [Linear(n, embedding, next(keys)) for n in (data.features(conditions), embedding)]
+    def __init__(self, detector, conditions, latent, key, width=112, depth=3, embedding=192, times=32):
+        keys, self.detector = iter(jax.random.split(key, 5 + depth)), detector
+        seen = data.brightness_features(jnp.zeros(conditions), detector)
+        self.particle = [Linear(n, embedding, next(keys)) for n in (len(seen), embedding)]
         self.time, self.enter = Linear(16, times, next(keys)), Linear(latent, width, next(keys))
         self.blocks = [FlowBlock(width, embedding, times, next(keys)) for _ in range(depth)]
         self.out = Linear(width, latent, next(keys), scale=0.1)
 
     def __call__(self, z, t, c):
-        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), data.with_sinusoids(c)
+        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), data.brightness_features(c, self.detector)
         for layer in self.particle:
             particle = jax.nn.silu(layer(particle))
         time = jax.nn.silu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
@@ -416,9 +396,9 @@ def make_stage1(net, detector, conditions, latent, key):
     return Stage1(autoencoder, papers.Features(detector.shape, keys[1]), papers.Critic(keys[2]))
 
 
-def make_flow(net, conditions, latent, key):
+def make_flow(net, detector, conditions, latent, key):
     if net == "dense":
-        return DenseFlow(latent, conditions, key)
+        return DenseFlow(detector, conditions, latent, key)
     return papers.UNet(latent, latent, 8, conditions, key)
 
 
@@ -426,7 +406,8 @@ def make_latent_fm(net, detector, conditions, latent, key):
     """An untrained LatentFM: the shapes of a checkpoint."""
     shape = (*data.patch_grid(detector.shape, 4), latent) if net == "paper" else (latent,)
     autoencoder = without_encoder(make_stage1(net, detector, conditions, latent, key).autoencoder)
-    return LatentFM(autoencoder, jnp.zeros(shape), jnp.ones(shape), make_flow(net, conditions, latent, key))
+    flow = make_flow(net, detector, conditions, latent, key)
+    return LatentFM(autoencoder, jnp.zeros(shape), jnp.ones(shape), flow)
 
 
 def without_encoder(autoencoder):
@@ -452,7 +433,7 @@ def train_stages(args, dataset, split, scaler):
     if args.stage == "1":
         return None, found
     codes, mean, std = encode_all(net.autoencoder, dataset.responses, c, split.train)
-    flow = make_flow(args.net, c.shape[1], args.latent, second.keys[0])
+    flow = make_flow(args.net, detector, c.shape[1], args.latent, second.keys[0])
     flow, times = train(flow, path_loss, (codes, c), split.train, second)
     seconds = found["stage1"]["train_seconds"] + times["train_seconds"]
     net = LatentFM(without_encoder(net.autoencoder), jnp.asarray(mean), jnp.asarray(std), flow)

@@ -28,7 +28,7 @@ NETS = "dense", "paper"
 def shrunk():
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink(patch.setattr)
-        small = partial(latent_fm.DenseAutoencoder, width=32, depth=1, hidden=16, embedding=16)
+        small = partial(latent_fm.DenseAutoencoder, width=32, depth=1, hidden=16)
         patch.setattr(latent_fm, "DenseAutoencoder", small)
         # one compilation instead of one for each layer
         patch.setattr(latent_fm, "make_stage1", eqx.filter_jit(latent_fm.make_stage1))
@@ -306,7 +306,7 @@ def test_shapes(net, detector, conditions, precision):
     loss = latent_fm.autoencoder_loss if net == "dense" else partial(latent_fm.published_loss, beta=0.01)
     counts, codes = np.zeros((4, *detector.shape), np.uint16), np.zeros((4, 2, *latent), np.float16)
     for loss, batch, make in ((loss, counts, partial(latent_fm.make_stage1, net, detector)),
-                              (latent_fm.path_loss, codes, partial(latent_fm.make_flow, net))):
+                              (latent_fm.path_loss, codes, partial(latent_fm.make_flow, net, detector))):
         trainee = eqx.filter_eval_shape(make, conditions, 3, KEY)
         lowered = lambda net: loss(common.lower(net, precision), batch, c, KEY)
         value, _ = eqx.filter_eval_shape(lowered, trainee)
@@ -326,14 +326,15 @@ def test_size_of_the_papers_autoencoder():
 
 
 def test_what_is_conditioned_on_the_particle(small_detectors):
-    """Ours in encoder, decoder and flow; the paper's autoencoder takes none."""
+    """The flow, and of our autoencoder what the impact points change; the paper's takes none."""
     detector, z, grid = data.DETECTORS["zn"], jnp.ones(3), jnp.ones((3, 3, 3))
-    x, flow = jnp.ones(detector.shape), random_network(latent_fm.make_flow, "dense", 14, 3)
+    x, flow = jnp.ones(detector.shape), random_network(latent_fm.make_flow, "dense", detector, 14, 3)
     make = partial(random_network, latent_fm.make_stage1)
     ours, published = (make(net, detector, 14, 3).autoencoder for net in NETS)
     found = jax.jit(lambda c: (ours.encode(x, c), ours.decode(z, c), flow(z, 0.5, c)))
-    pairs = zip(found(jnp.zeros(14)), found(jnp.ones(14)), strict=True)
-    assert not any(np.array_equal(a, b) for a, b in pairs)
+    same = lambda c: [np.array_equal(*pair) for pair in zip(found(jnp.zeros(14)), found(c), strict=True)]
+    assert same(jnp.ones(14)) == [False, False, False]
+    assert same(jnp.zeros(14).at[:11].set(1)) == [True, True, False]           # the last three are the points
     code, maps = jax.eval_shape(lambda: (published.encode(x, None), published.decode(grid, None)))
     assert code.shape == (2, 3, 3, 3) and maps.shape == (1, 12, 12)
 
