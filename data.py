@@ -317,19 +317,19 @@ CONDITIONS = {"raw": 9, "physics": 14}   # their number, by --cond
 PLACE_CM = DETECTORS["zn"].half[0]       # unit of the coordinates among them
 
 
-def _features(particles, mode):
-    """Conditions before scaling, float64 (N, CONDITIONS[mode]). "physics" adds what geometry gives for free:
+def _features(particles, mode, xp=np):
+    """Conditions before scaling, (N, CONDITIONS[mode]), by NumPy or jax.numpy (`xp`). "physics" adds what geometry gives for free:
     log E; charge / momentum, on which the magnets act; and three coordinates, last: x and y of the
     straight-line impact point, and x of the point to which the dipole bends a charged particle, from the
     middle of ZP. They are arcsinh of lengths in PLACE_CM: linear near the detector, logarithmic far away."""
-    wide = particles.astype(np.float64)
+    wide = particles.astype(float)
     if mode == "raw":
         return wide
     energy, vx, vy, _, px, py, pz, _, charge = wide.T
-    x, y = (v + simulator.FLIGHT_CM * p / np.abs(pz) for v, p in ((vx, px), (vy, py)))
+    x, y = (v + simulator.FLIGHT_CM * p / abs(pz) for v, p in ((vx, px), (vy, py)))
     bend = (simulator.FLIGHT_CM - simulator.MAGNET_CM) * simulator.dipole_kick(charge, energy)
-    places = np.arcsinh(np.column_stack([x, y, x + bend - DETECTORS["zp"].centre]) / PLACE_CM)
-    return np.column_stack([wide, np.log(energy), 1000 * charge / energy, places])
+    places = xp.arcsinh(xp.column_stack([x, y, x + bend - DETECTORS["zp"].centre]) / PLACE_CM)
+    return xp.column_stack([wide, xp.log(energy), 1000 * charge / energy, places])
 
 
 def fit_conditions(particles, mode):
@@ -341,10 +341,11 @@ def fit_conditions(particles, mode):
     return Scaler(mean, np.where(std > 0, std, 1.0), mode)             # a constant column stays 0
 
 
-def conditions(particles, scaler):
-    """Standardised conditions float32 (N, C), clipped at +-10; C is CONDITIONS[scaler.mode]."""
-    values = (_features(particles, scaler.mode) - scaler.mean) / scaler.std
-    return np.clip(values, -10, 10).astype(np.float32)
+def conditions(particles, scaler, xp=np):
+    """Standardised conditions float32 (N, C), clipped at +-10, by NumPy or jax.numpy (`xp`); C is
+    CONDITIONS[scaler.mode]."""
+    values = (_features(particles, scaler.mode, xp) - scaler.mean) / scaler.std
+    return xp.clip(values, -10, 10).astype(np.float32)
 
 
 def stored_scaler(header):

@@ -247,7 +247,7 @@ def _two_body(rng, parent, daughters, energy):
 
 def dipole_kick(charge, energy):
     """Change of dx/dz at the dipole."""
-    return charge * BEAM_CM / (FLIGHT_CM - MAGNET_CM) * 7000 / np.maximum(energy, 1.0)
+    return charge * BEAM_CM / (FLIGHT_CM - MAGNET_CM) * 7000 / energy.clip(1.0)
 
 
 def _decay(rng, particles):
