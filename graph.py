@@ -56,12 +56,18 @@ def explicit_noise():
 
 class Value(NamedTuple):
     """An array of the graph: the name of a tensor, or what it is known to be. Axes that an array is broadcast
-    along have length 1 until an operation needs them: `shape` is what they stand for."""
+    along have length 1, or are left out if they are the first, until an operation needs them: `real` is the
+    shape of the tensor, `shape` what it stands for."""
     shape: tuple
     dtype: np.dtype
     name: str | None = None
     known: Any = None
-    real: tuple = ()      # shape of the tensor: as `shape`, or 1
+    real: tuple = ()
+
+    @property
+    def padded(self):
+        """`real` with all axes."""
+        return (1,) * (len(self.shape) - len(self.real)) + self.real
 
 
 class Graph:
@@ -70,6 +76,8 @@ class Graph:
 
     def __init__(self, batch=None, rows=None):
         self.nodes, self.found, self.constants, self.batch, self.rows = [], {}, {}, batch, rows
+        self.unshaped = {}   # tensor: what it is a Reshape of
+        self.picked = {}     # tensor: (tensor that it is a row of, shape of the row, axis, index)
 
     def varies(self, length):
         """Does a length depend on the number of examples?"""
@@ -77,7 +85,7 @@ class Graph:
 
     def constant(self, array):
         """The name of a constant."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if any(map(self.varies, array.shape)):
             raise ValueError(f"a constant depends on the number of examples: {array.shape}")
         short = array.astype(np.float16) if array.dtype == np.float32 and array.size > 64 else array
@@ -95,6 +103,8 @@ class Graph:
             names = [f"v{len(self.found)}_{i}" for i in range(outputs)]
             self.nodes.append(helper.make_node(op, inputs, names, **attributes))
             self.found[key] = names[0] if outputs == 1 else names
+            if op == "Reshape":
+                self.unshaped[names[0]] = inputs[0]
         return self.found[key]
 
     def ints(self, numbers):
@@ -163,6 +173,8 @@ class Converter:
         """The name of a value's tensor, each axis of its length."""
         if value.real == value.shape:
             return self.tensor(value)
+        if value.known is None and np.prod(value.real) == np.prod(value.shape):
+            return self.reshaped(value.name, value.real, value.shape)
         if value.known is not None and not any(map(self.graph.varies, value.shape)):
             return self.graph.constant(np.broadcast_to(value.known, value.shape))
         return self.graph.node("Expand", self.tensor(value), self.graph.lengths(value.shape))
@@ -232,15 +244,19 @@ class Converter:
 
     def broadcast(self, like, x, axes):
         short = [1] * len(like.shape)
-        for axis, length in zip(axes, x.real):
+        for axis, length in zip(axes, x.padded):
             short[axis] = length
+        while short and short[0] == 1 and len(short) > len(x.real):
+            short.pop(0)
         short = tuple(short)
         if x.known is not None:
             return like._replace(known=x.known.reshape(short), real=short)
         return like._replace(name=self.reshaped(x.name, x.real, short), real=short)
 
     def reshaped(self, tensor, before, after):
-        return tensor if before == after else self.graph.node("Reshape", tensor, self.graph.sizes(after))
+        if before == after:
+            return tensor
+        return self.graph.node("Reshape", self.graph.unshaped.get(tensor, tensor), self.graph.sizes(after))
 
     def convert_element_type(self, like, x, new_dtype, **_):
         return self.made(like, "Cast", self.tensor(x), to=TYPES[str(np.dtype(new_dtype))], real=x.real)
@@ -270,18 +286,28 @@ class Converter:
     # shapes
 
     def reshape(self, like, x, new_sizes, **_):
-        return self.made(like, "Reshape", self.full(x), self.graph.sizes(new_sizes))
+        if x.known is None and np.prod(x.real) == np.prod(x.shape):
+            return like._replace(name=self.reshaped(x.name, x.real, like.shape), real=like.shape)
+        return like._replace(name=self.reshaped(self.full(x), x.shape, like.shape), real=like.shape)
 
     def squeeze(self, like, x, dimensions):
-        real = tuple(length for axis, length in enumerate(x.real) if axis not in dimensions)
-        return self.made(like, "Reshape", self.tensor(x), self.graph.sizes(real), real=real)
+        real = tuple(length for axis, length in enumerate(x.padded) if axis not in dimensions)
+        tensor, *picked, index = self.graph.picked.get(x.name, (None, None, None))
+        if picked == [x.real, *dimensions]:
+            return self.made(like, "Gather", tensor, self.graph.constant(np.array(index, np.int64)),
+                             axis=dimensions[0], real=real)
+        return like._replace(name=self.reshaped(self.tensor(x), x.real, real), real=real)
 
     def expand_dims(self, like, x, dimensions):
         return self.reshape(like, x, like.shape)
 
     def transpose(self, like, x, permutation):
-        return self.made(like, "Transpose", self.tensor(x), perm=list(permutation),
-                         real=tuple(x.real[axis] for axis in permutation))
+        real = tuple(x.padded[axis] for axis in permutation)
+        moved = [axis for axis in permutation if x.padded[axis] > 1]
+        if moved == sorted(moved):                                             # only axes of length 1 move
+            return like._replace(name=self.reshaped(self.tensor(x), x.real, real), real=real)
+        tensor = self.reshaped(self.tensor(x), x.real, x.padded)
+        return self.made(like, "Transpose", tensor, perm=list(permutation), real=real)
 
     def concatenate(self, like, *parts, dimension):
         return self.made(like, "Concat", *map(self.full, parts), axis=dimension)
@@ -295,7 +321,11 @@ class Converter:
         strides = strides or [1] * len(start_indices)
         ends = [2**31 if self.graph.varies(n) else n for n in limit_indices]
         ints = [self.graph.ints(numbers) for numbers in (start_indices, ends, range(len(ends)), strides)]
-        return self.made(like, "Slice", self.full(x), *ints)
+        found = self.made(like, "Slice", self.full(x), *ints)
+        cut = [axis for axis in range(len(x.shape)) if like.shape[axis] != x.shape[axis]]
+        if len(cut) == 1 and like.shape[cut[0]] == 1:
+            self.graph.picked[found.name] = self.full(x), like.shape, cut[0], start_indices[cut[0]]
+        return found
 
     def rev(self, like, x, dimensions):
         each = len(dimensions)
@@ -328,6 +358,9 @@ class Converter:
         (a_sum, b_sum), (a_batch, b_batch) = dimension_numbers
         free = lambda value, used: [axis for axis in range(len(value.shape)) if axis not in used]
         a_free, b_free = free(a, (*a_sum, *a_batch)), free(b, (*b_sum, *b_batch))
+        if not a_batch and tuple(a_sum) == (len(a.shape) - 1,) and len(b.shape) == 2:
+            order = [*b_sum, *b_free]
+            return self.made(like, "MatMul", self.full(a), self.arranged(b, order, [b.shape[i] for i in order]))
         sizes = lambda value, axes: [value.shape[axis] for axis in axes]
         batch, count = sizes(a, a_batch), int(np.prod(sizes(a, a_sum), dtype=int))
         left = self.arranged(a, [*a_batch, *a_free, *a_sum], [*batch, int(np.prod(sizes(a, a_free), dtype=int)), count])
@@ -341,9 +374,11 @@ class Converter:
         if value.known is not None and not any(map(self.graph.varies, value.shape)):
             return self.graph.constant(np.broadcast_to(value.known, value.shape).transpose(axes).reshape(shape))
         tensor, order = self.full(value), list(axes)
-        if order != sorted(order):
+        moved, before = [axis for axis in order if value.shape[axis] > 1], value.shape
+        if moved != sorted(moved):
             tensor = self.graph.node("Transpose", tensor, perm=order)
-        return self.reshaped(tensor, tuple(value.shape[axis] for axis in axes), tuple(shape))
+            before = tuple(value.shape[axis] for axis in axes)
+        return self.reshaped(tensor, before, tuple(shape))
 
 
 def evaluate(jaxpr, constants, arguments, noise):
