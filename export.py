@@ -1,7 +1,6 @@
 """ONNX models, for ALICE O2 and for everyone who runs without JAX.
 
-    python export.py weights/gan-zn.eqx weights/gan-zp.eqx --out o2     two models, each in both forms
-    python export.py weights/gan-zn.eqx --out o2 --check                and compared with JAX, timed and scored
+    python export.py weights/gan-zn.eqx weights/gan-zp.eqx --out o2
 
 o2/gan-zn-o2.onnx is a generator as O2's fast simulation of the ZDC calls it, one particle at a time: noise (1, 10)
 from N(0, 1) and particle (1, 9) -> logarithms of photon counts in the order of O2's pixels, which O2 truncates to
@@ -9,9 +8,9 @@ whole photons; o2/gan-zn-o2.txt has the scales of its particle. gan.py takes the
 others come from a hash of the ten, so that equal inputs give equal responses.
 
 o2/gan-zn.onnx takes any number B of them: particles (B, 9) in GeV, cm, MeV and units of e, and all noise as two
-inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5).
+inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5), as metrics.channels.
 
-Needs the extra [onnx]. Ends with `written: FILE` for each file.
+Needs the extra [onnx]. Ends with `written: FILE` for each file; benchmarks/o2.py compares, times and scores them.
 """
 import math
 from functools import partial
@@ -25,12 +24,11 @@ import common
 import data
 import fm
 import gan
-import graph
 import latent_fm
 import metrics
 import vae
 from common import UserError
-from graph import Graph, Value
+from graph import TYPES, Converter, Graph, Value, convert
 from simulator import DETECTORS
 
 NOISE = 10            # numbers that O2 gives to a generator
@@ -69,76 +67,74 @@ def open_model(path):
 
 # ------------------------------------------------------------------------------------------------------- noise
 
-def mixed(graph, x):
+def mixed(made, x):
     """A hash of each number uint32 (Wellons 2018, lowbias32): every bit of it depends on all bits of x."""
-    number = lambda n: graph.constant(np.uint32(n))
+    number = lambda n: made.constant(np.uint32(n))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
-        x = graph.node("BitwiseXor", x, graph.node("BitShift", x, number(shift), direction="RIGHT"))
+        x = made.node("BitwiseXor", x, made.node("BitShift", x, number(shift), direction="RIGHT"))
         if factor:
-            x = times(graph, x, factor)
+            x = times(made, x, factor)
     return x
 
 
-def times(graph, x, factor):
+def times(made, x, factor):
     """x factor, modulo 2^32."""
-    product = graph.node("Mul", graph.node("Cast", x, to=graph_type("int32")),
-                         graph.constant(np.uint32(factor).astype(np.int32)))
-    return graph.node("Cast", product, to=graph_type("uint32"))
+    product = made.node("Mul", made.node("Cast", x, to=TYPES["int32"]),
+                         made.constant(np.uint32(factor).astype(np.int32)))
+    return made.node("Cast", product, to=TYPES["uint32"])
 
 
-def graph_type(name):
-    return graph.TYPES[name]
-
-
-def hashed_uniforms(graph, noise, count):
+def hashed_uniforms(made, noise, count):
     """Numbers in (0, 1), float32 (1, count), from the tensor noise (1, 10): the hash of a counter and of two
     sums of hashes of the ten."""
-    number, integers = lambda n: graph.constant(np.array(n, np.int32)), dict(to=graph_type("int32"))
-    scaled = graph.node("Mul", noise, graph.constant(np.float32(2**20)))
+    number, integers = lambda n: made.constant(np.array(n, np.int32)), dict(to=TYPES["int32"])
+    scaled = made.node("Mul", noise, made.constant(np.float32(2**20)))
     places = number((np.arange(NOISE) * 0x9E3779B9).astype(np.uint32).astype(np.int32))
-    bits = graph.node("Add", graph.node("Cast", scaled, **integers), places)                     # (1, 10)
-    seeds, bits = [], graph.node("Cast", bits, to=graph_type("uint32"))
+    bits = made.node("Add", made.node("Cast", scaled, **integers), places)                     # (1, 10)
+    seeds, bits = [], made.node("Cast", bits, to=TYPES["uint32"])
     for _ in range(2):
-        bits = mixed(graph, bits)
-        seeds.append(graph.node("ReduceSum", graph.node("Cast", bits, **integers), graph.ints([1]), keepdims=1))
+        bits = mixed(made, bits)
+        # in int64: ONNX Runtime's sums of int32 do not wrap around
+        total = made.node("ReduceSum", made.node("Cast", bits, to=TYPES["int64"]), made.ints([1]), keepdims=1)
+        seeds.append(made.node("Cast", total, **integers))
     counter = number((np.arange(count) * 0x9E3779B9).astype(np.uint32).astype(np.int32)[None])  # golden ratio
     x = number(0)
-    for term in (graph.node("Add", counter, seeds[0]), seeds[1]):
-        x = graph.node("Cast", graph.node("Add", x, term), to=graph_type("uint32"))
-        x = graph.node("Cast", mixed(graph, x), **integers)
-    x = graph.node("BitShift", graph.node("Cast", x, to=graph_type("uint32")), graph.constant(np.uint32(8)),
+    for term in (made.node("Add", counter, seeds[0]), seeds[1]):
+        x = made.node("Cast", made.node("Add", x, term), to=TYPES["uint32"])
+        x = made.node("Cast", mixed(made, x), **integers)
+    x = made.node("BitShift", made.node("Cast", x, to=TYPES["uint32"]), made.constant(np.uint32(8)),
                    direction="RIGHT")
-    x = graph.node("Mul", graph.node("Cast", x, to=graph_type("float32")), graph.constant(np.float32(2**-24)))
-    return graph.node("Add", x, graph.constant(np.float32(2**-25)))
+    x = made.node("Mul", made.node("Cast", x, to=TYPES["float32"]), made.constant(np.float32(2**-24)))
+    return made.node("Add", x, made.constant(np.float32(2**-25)))
 
 
-def normals(graph, uniforms, count):
+def normals(made, uniforms, count):
     """`count` normal numbers (1, count) from as many uniform ones, count even (Box and Muller 1958)."""
-    first, second = graph.node("Split", uniforms, graph.ints([count // 2] * 2), outputs=2, axis=1)
-    radius = graph.node("Sqrt", graph.node("Mul", graph.node("Log", first), graph.constant(np.float32(-2))))
-    angle = graph.node("Mul", second, graph.constant(np.float32(2 * math.pi)))
-    return graph.node("Concat", *(graph.node("Mul", radius, graph.node(wave, angle)) for wave in ("Cos", "Sin")),
+    first, second = made.node("Split", uniforms, made.ints([count // 2] * 2), outputs=2, axis=1)
+    radius = made.node("Sqrt", made.node("Mul", made.node("Log", first), made.constant(np.float32(-2))))
+    angle = made.node("Mul", second, made.constant(np.float32(2 * math.pi)))
+    return made.node("Concat", *(made.node("Mul", radius, made.node(wave, angle)) for wave in ("Cos", "Sin")),
                       axis=1)
 
 
 def count_draws(function, particles):
     """What a sampler draws: [("normal" or "uniform", shape), ...]."""
     draws = []
-    graph.convert(function, Graph(), lambda name, shape: draws.append((name, shape)) or "", particles)
+    convert(function, Graph(), lambda name, shape: draws.append((name, shape)) or "", particles)
     return draws
 
 
 class Slices:
     """Draws as slices of the tensors {"normal": (B, N), "uniform": (B, U)}, one after the other."""
 
-    def __init__(self, graph, tensors):
-        self.graph, self.tensors, self.used = graph, tensors, dict.fromkeys(tensors, 0)
+    def __init__(self, made, tensors):
+        self.made, self.tensors, self.used = made, tensors, dict.fromkeys(tensors, 0)
 
     def __call__(self, name, shape):
         start = self.used[name]
         self.used[name] = end = start + math.prod(shape[1:])
-        cut = self.graph.node("Slice", self.tensors[name], *map(self.graph.ints, ([start], [end], [1])))
-        return self.graph.node("Reshape", cut, self.graph.sizes(shape))
+        cut = self.made.node("Slice", self.tensors[name], *map(self.made.ints, ([start], [end], [1])))
+        return self.made.node("Reshape", cut, self.made.sizes(shape))
 
 
 def totals(draws):
@@ -155,13 +151,13 @@ def batched_model(draw):
 
     def respond(particles):
         counts = draw(particles, jax.random.key(0))
-        weights = jnp.asarray(metrics.channel_weights(counts.shape[1:]), jnp.float32).reshape(5, -1)
-        return counts, counts.astype(jnp.float32).reshape(-1, weights.shape[1]) @ weights.T
+        weights = metrics.channel_weights(counts.shape[1:]).reshape(-1, 5)
+        return counts, counts.astype(jnp.float32).reshape(-1, len(weights)) @ weights
     numbers = totals(count_draws(respond, particles))
-    outputs = graph.convert(respond, made, Slices(made, {name: name for name in numbers}), particles)
+    outputs = convert(respond, made, Slices(made, {name: name for name in numbers}), particles)
     inputs = {"particles": 9} | {name: count for name, count in numbers.items() if count}
     return made.model({name: (name, np.float32, ("B", count)) for name, count in inputs.items()},
-                      {name: (graph.Converter(made, None).full(value), value.dtype, ("B", *value.shape[1:]))
+                      {name: (Converter(made, None).full(value), value.dtype, ("B", *value.shape[1:]))
                        for name, value in zip(("counts", "channels"), outputs)})
 
 
@@ -182,12 +178,45 @@ def o2_model(draw):
     tensors["normal"] = normals(made, tensors["normal"], even) if even else None
     if first:
         tensors["normal"] = made.node("Concat", "noise", tensors["normal"], axis=1) if even else "noise"
-    out, = graph.convert(respond, made, Slices(made, tensors), particle)
+    out, = convert(respond, made, Slices(made, tensors), particle)
     return made.model({"noise": ("noise", np.float32, (1, NOISE)), "particle": ("particle", np.float32, (1, 9))},
-                      {"log_photons": (graph.Converter(made, None).full(out), np.float32, out.shape)})
+                      {"log_photons": (Converter(made, None).full(out), np.float32, out.shape)})
 
 
 def scales_text():
     """O2's file of scales: with (x - mean) / scale it makes our units of a particle, charges in units of e."""
     scales = [1] * 8 + [CHARGE_UNIT]
     return "\n".join(["#means", *["0"] * 9, "", "#scales", *map(str, scales), ""])
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+def export(path, folder):
+    """Write both forms of a checkpoint and O2's file of scales into a folder; returns the files."""
+    _, draw = open_model(path)
+    stem, written = path.stem, []
+    contents = {f"{stem}.onnx": batched_model(draw).SerializeToString(),
+                f"{stem}-o2.onnx": o2_model(draw).SerializeToString(), f"{stem}-o2.txt": scales_text().encode()}
+    for name, content in contents.items():
+        with common.write_atomic(folder / name) as temporary:
+            Path(temporary).write_bytes(content)
+        written.append(folder / name)
+    return written
+
+
+def main(argv=None):
+    """Export the checkpoints of the command line. Returns the files."""
+    parser = common.parser(__doc__, "export", flags=())
+    parser.set_defaults(detector=None)                                         # that of each checkpoint
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="checkpoints to export")
+    parser.add_argument("--out", type=Path, default=Path("o2"), metavar="FOLDER",
+                        help="write the files into this folder (default: o2)")
+    args = parser.parse_args(argv)
+    written = [file for path in args.models for file in export(path, args.out)]
+    for file in written:
+        print(f"written: {file}")
+    return written
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -401,6 +401,11 @@ def evaluate(jaxpr, constants, arguments, noise):
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def placeholder(array, name=""):
+    """An input like an array, as a Value."""
+    return Value(array.shape, np.dtype(array.dtype), name, None, array.shape)
+
+
 def convert(function, graph, noise, *arguments):
     """The outputs of function(*arguments) as Values of a graph, for arguments that are Values (inputs);
     noise(name, shape) gives the tensor of the numbers that it draws."""

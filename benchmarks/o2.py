@@ -1,0 +1,92 @@
+"""Exported models beside those in JAX: equal responses to equal noise, and scores, time and memory as in O2.
+
+    python -m benchmarks.o2 --detector zn        writes benchmarks/results/o2-zn.json for the models of weights/
+"""
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import onnxruntime
+
+import common
+import data
+import export
+import graph
+import metrics
+from benchmarks.tables import ROOT, write
+from simulator import DETECTORS
+
+ROWS = 12_000    # test rows of the scores
+EQUAL = 1000     # of them, to compare photon by photon
+SCORES = "W", "MAE", "AUC_high"
+
+
+def compare(draw, path, particles, seed=0):
+    """{"equal": share of the fibres with the same count, "furthest": largest difference in photons} of the
+    ONNX model of any number of particles and of JAX, for the same noise."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    rng, counts = np.random.default_rng(seed), {node.name: node.shape[1] for node in session.get_inputs()}
+    noise = {"normal": rng.standard_normal, "uniform": rng.random}
+    feeds = {name: particles if name == "particles" else noise[name]((len(particles), n), np.float32)
+             for name, n in counts.items()}
+    there, sums = session.run(None, feeds)
+    with graph.explicit_noise():
+        closed = jax.make_jaxpr(lambda particles: draw(particles, jax.random.key(0)))(particles)
+    used, numbers = dict.fromkeys(noise, 0), []
+    for name, shape in export.count_draws(lambda p: draw(p, jax.random.key(0)), graph.placeholder(particles)):
+        n = int(np.prod(shape[1:]))
+        numbers.append(feeds[name][:, used[name]:used[name] + n].reshape(shape))
+        used[name] += n
+    run = jax.jit(lambda particles, *numbers: graph.evaluate(closed.jaxpr, closed.consts, [particles], iter(numbers)))
+    here = np.asarray(run(particles, *numbers)[0])
+    apart = np.abs(there.astype(int) - here)
+    assert np.allclose(sums, metrics.channels(there), rtol=1e-5), "channels are sums of the counts"
+    return {"equal": float(np.mean(apart == 0)), "furthest": int(apart.max())}
+
+
+def call(path, particles, seed, folder):
+    """Responses (N, H, W) of O2's form, by a process of its own, and what it prints."""
+    source, target = folder / "particles.npy", folder / "responses.npy"
+    np.save(source, particles)
+    command = [sys.executable, "-m", "benchmarks.o2_call", path, source, target, str(seed)]
+    line = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return np.load(target).swapaxes(1, 2), json.loads(line)                    # (N, ny, nx) -> (N, nx, ny)
+
+
+def row(path, folder):
+    """A row of the table for a checkpoint."""
+    args, draw = export.open_model(path)
+    batched, single, _ = export.export(path, folder)
+    dataset, split = data.open_split(args)
+    test = data.select(dataset, split.test[:ROWS])
+    found = {"label": args.script, **compare(draw, batched, test.particles[:EQUAL]),
+             "megabytes": single.stat().st_size / 1e6}
+    generations, prints = zip(*(call(single, test.particles, seed, folder) for seed in range(2)))
+    oracle = [metrics.resimulate(args.detector, test, seed) for seed in range(2)]
+    block = jax.jit(lambda particles, key: draw(particles, key))
+    here = [common.in_blocks(block, jax.random.key(seed), test.particles) for seed in range(2)]
+    score = lambda made: metrics.evaluate(test.responses, made, test.particles, test.pdg, oracle=oracle)
+    pick = lambda scores: {name: scores[name] for name in SCORES} | {"lit": scores["marginals"]["lit_percent"]}
+    return found | prints[0] | {"o2": pick(score(list(generations))), "jax": pick(score(here)), "rows": len(test.pdg)}
+
+
+def main(argv=None):
+    """Write the table of a detector."""
+    parser = common.parser(__doc__, "o2", flags=())
+    parser.add_argument("--detector", choices=DETECTORS, default="zn", help="detector (default: zn)")
+    args = parser.parse_args(argv)
+    common.prepare_jax()
+    rows = []
+    for name in export.MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(ROOT / f"weights/{name}-{args.detector}.eqx", Path(folder)))
+        print(rows[-1])
+    write("o2", args.detector, ROOT, rows=rows)
+
+
+if __name__ == "__main__":
+    common.run(main)
