@@ -51,14 +51,14 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
     except (UserError, OSError, MemoryError) as error:
-        sys.exit(_fail(str(error) or "out of memory"))
+        sys.exit(fail(str(error) or "out of memory"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(_fail("the device is out of memory, try a smaller --batch-size"))
+        sys.exit(fail("the device is out of memory, try a smaller --batch-size"))
 
 
-def _fail(message):
+def fail(message):
     """Print one `error:` line; returns the exit code."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, which resolves defaults and a loaded checkpoint in one place."""
 
     def error(self, message):
-        sys.exit(_fail(f"{message} (--help lists the flags)"))
+        sys.exit(fail(f"{message} (--help lists the flags)"))
 
     def parse_args(self, args=None, namespace=None):
         """The resolved flags, `command`, which is the whole line, and `header`: of a new checkpoint or, with

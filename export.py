@@ -13,6 +13,7 @@ inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels
 Needs the extra [onnx]. Ends with `written: FILE` for each file; benchmarks/o2.py compares, times and scores them.
 """
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,12 @@ import latent_fm
 import metrics
 import vae
 from common import UserError
-from graph import TYPES, Converter, Graph, Value, convert
 from simulator import DETECTORS
+
+try:
+    from graph import TYPES, Converter, Graph, convert, placeholder
+except ModuleNotFoundError as error:
+    sys.exit(common.fail(f"export.py needs {error.name}: pip install -e '.[onnx]'"))
 
 NOISE = 10            # numbers that O2 gives to a generator
 BATCH = 9973          # stands for any number of particles while a model is traced: a prime, no other length
@@ -147,7 +152,7 @@ def totals(draws):
 def batched_model(draw):
     """The ONNX model of any number of particles."""
     made = Graph(BATCH, "particles")
-    particles = Value((BATCH, 9), np.dtype(np.float32), "particles", None, (BATCH, 9))
+    particles = placeholder(jax.ShapeDtypeStruct((BATCH, 9), np.float32), "particles")
 
     def respond(particles):
         counts = draw(particles, jax.random.key(0))
@@ -163,7 +168,7 @@ def batched_model(draw):
 
 def o2_model(draw):
     """The ONNX model of O2's contract."""
-    made, particle = Graph(), Value((1, 9), np.dtype(np.float32), "particle", None, (1, 9))
+    made, particle = Graph(), placeholder(np.zeros((1, 9), np.float32), "particle")
 
     def respond(particle):
         counts = draw(particle, jax.random.key(0)).astype(jnp.float32)

@@ -15,6 +15,8 @@ from jax.extend.core import Literal, Primitive
 from jax.interpreters import batching
 from onnx import TensorProto, helper, numpy_helper
 
+from common import UserError
+
 OPSET = 18   # the least with BitwiseXor; ALICE O2 pins ONNX Runtime 1.22, which reads up to 22
 
 TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64,
@@ -223,6 +225,8 @@ class Converter:
             return [self.made(like[0], UNARY[name], self.tensor(inputs[0]), real=inputs[0].real)]
         if name in BINARY or name in ("select_n", "ne"):
             return [self.elementwise(name, like[0], inputs)]
+        if not hasattr(type(self), name):
+            raise UserError(f"no node of ONNX for the operation {name}")
         return [getattr(self, name)(like[0], *inputs, **parameters)]
 
     def foldable(self, name, inputs):

@@ -1,0 +1,212 @@
+"""export.py: noise out of ten numbers, both forms of a model beside JAX, and O2's contract."""
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+import common  # noqa: E402
+import data  # noqa: E402
+import export  # noqa: E402
+import graph  # noqa: E402
+import metrics  # noqa: E402
+from benchmarks import o2, o2_call  # noqa: E402
+
+WEIGHTS = o2.ROOT / "weights"
+RNG = np.random.default_rng(0)
+PARTICLES = np.array([[2000, 0, 0, 0, 0.1, -0.2, 1999.9, 939.565, 0], [1400, 0, 0, 1, 0.3, 0.1, -1399, 938.272, 1],
+                      [310, 0.1, 0, -5, 0.03, 0.02, 310, 0, 0], [700, 0, 0.2, 0, 0, 0.3, -699.9, 139.57, -1]], np.float32)
+
+
+def session(model):
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
+# ------------------------------------------------------------------------------------------------------- noise
+
+def lowbias32(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = np.uint32((int(factor) * np.uint64(x ^ (x >> np.uint32(shift)))) & np.uint64(0xFFFFFFFF))
+    return x
+
+
+def uniforms(noise, count):
+    """What export.hashed_uniforms promises, with Python's whole numbers."""
+    wrap = lambda numbers: np.array([int(n) % 2**32 for n in numbers], np.uint32)
+    bits = wrap(int(np.float32(z) * np.float32(2**20)) + i * 0x9E3779B9 for i, z in enumerate(noise))
+    seeds = []
+    for _ in range(2):
+        bits = lowbias32(bits)
+        seeds.append(sum(map(int, bits)))
+    x = lowbias32(wrap(i * 0x9E3779B9 + seeds[0] for i in range(count)))
+    x = lowbias32(wrap(int(n) + seeds[1] for n in x))
+    return (x >> 8) * 2.0**-24 + 2.0**-25
+
+
+def normals(uniform):
+    first, second = np.split(uniform, 2)
+    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    """Uniform and normal numbers (500, 2000) of 500 noises (500, 10)."""
+    made, count = graph.Graph(), 2000
+    uniform = export.hashed_uniforms(made, "noise", count)
+    outputs = {"u": uniform, "z": export.normals(made, uniform, count)}
+    model = session(made.model({"noise": ("noise", np.float32, (1, 10))},
+                               {name: (tensor, np.float32, (1, count)) for name, tensor in outputs.items()}))
+    noise = RNG.normal(size=(500, 10)).astype(np.float32)
+    found = [model.run(None, {"noise": row[None]}) for row in noise]
+    return noise, *np.array(found)[:, :, 0].swapaxes(0, 1)
+
+
+def test_noise_is_the_hash_of_ten_numbers(numbers):
+    noise, uniform, normal = numbers
+    for k in range(5):
+        expected = uniforms(noise[k], uniform.shape[1])
+        np.testing.assert_allclose(uniform[k], expected, rtol=1e-6)
+        np.testing.assert_allclose(normal[k], normals(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_noise_is_as_random_as_it_should_be(numbers):
+    """Shares of 100 intervals, moments, and no correlation along a row, between rows or columns."""
+    _, uniform, normal = numbers
+    shares = np.histogram(uniform, 100, (0, 1))[0]
+    assert 50 < np.sum((shares - shares.mean())**2) / shares.mean() < 160      # chi^2 of 99 degrees
+    for moment, expected in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        assert np.mean(normal**moment) == pytest.approx(expected, abs=0.04)
+    for rows in (uniform[:100], uniform[:, :100].T):
+        correlations = np.corrcoef(rows)[np.triu_indices(100, 1)]
+        assert np.abs(correlations).max() < 5.5 / rows.shape[1]**0.5
+    assert abs(np.corrcoef(uniform[:, :-1].ravel(), uniform[:, 1:].ravel())[0, 1]) < 0.005
+
+
+# ------------------------------------------------------------------------------------------------------- forms
+
+@pytest.fixture(scope="module", params=["gan-zn", "latent_fm-zp"])
+def exported(request, tmp_path_factory):
+    """(flags, draw, files): one takes O2's numbers for its noise, the other has a latent of its own."""
+    path, folder = WEIGHTS / f"{request.param}.eqx", tmp_path_factory.mktemp(request.param)
+    return *export.open_model(path), export.export(path, folder)
+
+
+def test_any_number_of_particles_gives_jaxs_counts(exported):
+    _, draw, (batched, _, _) = exported
+    assert o2.compare(draw, batched, PARTICLES) == {"equal": 1.0, "furthest": 0}
+
+
+def test_o2s_form_gives_jaxs_counts_for_the_hashed_noise(exported):
+    """The noise of gan.py are the ten numbers themselves."""
+    args, draw, (_, single, _) = exported
+    with graph.explicit_noise():
+        closed = jax.make_jaxpr(lambda particle: draw(particle, jax.random.key(0)))(PARTICLES[:1])
+    shapes = export.count_draws(lambda p: draw(p, jax.random.key(0)), graph.placeholder(PARTICLES[:1]))
+    run = jax.jit(lambda particle, *noise: graph.evaluate(closed.jaxpr, closed.consts, [particle], iter(noise))[0])
+    model = onnxruntime.InferenceSession(str(single))
+    for particle in PARTICLES:
+        noise = RNG.normal(size=(1, 10)).astype(np.float32)
+        latent = 0 if args.script == "gan" else args.latent
+        uniform = uniforms(noise[0], latent + 4 * np.prod(shapes[1][1])).astype(np.float32)
+        first = noise if args.script == "gan" else normals(uniform[:latent]).astype(np.float32)[None]
+        rest = [part.reshape(shapes[1][1]) for part in np.split(uniform[latent:], 4)]
+        expected = run(particle[None], first, *rest)
+        found = np.expm1(model.run(None, {"noise": noise, "particle": particle[None]})[0]).astype(int)
+        assert np.mean(found != np.swapaxes(expected, 1, 2)) < 0.001
+
+
+def test_o2s_contract(exported):
+    args, _, (_, single, scales) = exported
+    model = onnx.load(single)
+    assert [(entry.domain, entry.version <= 21) for entry in model.opset_import] == [("", True)]
+    assert {node.domain for node in model.graph.node} == {""} and single.stat().st_size < 200e6
+    shape = lambda value: [n.dim_value for n in value.type.tensor_type.shape.dim]
+    assert [shape(value) for value in model.graph.input] == [[1, 10], [1, 9]]
+    assert [shape(value) for value in model.graph.output] == [[1, *data.DETECTORS[args.detector].shape[::-1]]]
+    lines = scales.read_text().split("\n")
+    assert len(lines) == 22 and lines[0] == "#means" and lines[10:12] == ["", "#scales"]
+
+
+def test_equal_inputs_give_equal_responses(exported):
+    single = exported[2][1]
+    found = [o2_call.call(single, np.repeat(PARTICLES[:2], 3, axis=0), seed)[0] for seed in (0, 0, 1)]
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+    assert not np.array_equal(found[0][0], found[0][1])                        # fresh noise in each call
+
+
+def test_channels_are_those_of_metrics(exported):
+    model = onnxruntime.InferenceSession(str(exported[2][0]))
+    sizes = {node.name: node.shape[1] for node in model.get_inputs()}
+    feeds = {name: PARTICLES if name == "particles" else RNG.random((4, n), np.float32) for name, n in sizes.items()}
+    counts, channels = model.run(None, feeds)
+    assert counts.dtype == np.uint16 and np.array_equal(channels, metrics.channels(counts))
+
+
+def test_conditions_are_those_of_numpy():
+    particles = data.open_data("zn", 700, 0, quiet=True).particles
+    for mode in data.CONDITIONS:
+        scaler = data.fit_conditions(particles, mode)
+        here = jax.jit(lambda p: data.conditions(p, scaler, jnp))(particles)   # noqa: B023
+        np.testing.assert_allclose(here, data.conditions(particles, scaler), rtol=1e-3, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------- calls and main
+
+def test_a_call_as_o2_makes_it(tmp_path):
+    """Scaled features, charges in e / 3, dynamic lengths of 1, whole photons by truncation."""
+    made = graph.Graph()
+    shown = made.node("Log", made.node("Add", "particle", made.constant(np.float32(1.01))))
+    model = made.model({"noise": ("noise", np.float32, ("B", 10)), "particle": ("particle", np.float32, ("B", 9))},
+                       {"pixels": (made.node("Reshape", shown, made.ints([1, 3, 3])), np.float32, (1, 3, 3))})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    path.with_suffix(".txt").write_text("\n".join(["#means", *"000000000", "", "#scales", *"111111113", ""]))
+    particle = np.array([[5, 0, 1, 2, 3, 4, 7, 900, 1]], np.float32)
+    responses, seconds = o2_call.call(path, particle)
+    assert np.array_equal(responses[0].ravel(), particle[0]) and (seconds > 0).all()
+
+
+def test_a_process_of_its_own(exported, tmp_path):
+    responses, printed = o2.call(exported[2][1], PARTICLES, 0, tmp_path)
+    assert responses.shape == (4, *data.DETECTORS[exported[0].detector].shape)
+    assert printed["ms"] <= printed["ms_99"] and 20 < printed["memory_mib"] < 500
+
+
+def test_command_line(tmp_path, capsys):
+    written = export.main([str(WEIGHTS / "gan-zp.eqx"), "--out", str(tmp_path / "o2")])
+    assert sorted(path.name for path in written) == ["gan-zp-o2.onnx", "gan-zp-o2.txt", "gan-zp.onnx"]
+    assert sorted(tmp_path.glob("o2/*")) == sorted(written)
+    assert capsys.readouterr().out.splitlines() == [f"written: {path}" for path in written]
+
+
+@pytest.mark.parametrize("name, message", [("iaf-zn.eqx", "a model of iaf.py; those of gan, vae"),
+                                           ("nothing.eqx", "nothing.eqx")])
+def test_what_cannot_be_exported(name, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: export.main([str(WEIGHTS / name), "--out", str(tmp_path / "o2")]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o2").exists()
+
+
+def test_without_the_extra(tmp_path):
+    (tmp_path / "onnx.py").write_text("raise ModuleNotFoundError('no', name='onnx')")
+    result = subprocess.run([sys.executable, "export.py", "x"], cwd=o2.ROOT, capture_output=True, text=True,
+                            env={"PYTHONPATH": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"})
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "needs onnx" in result.stderr
+
+
+def test_table(tmp_path, monkeypatch):
+    """A whole row, of few rows and without the scores."""
+    small = data.open_data("zp", 700, 0, quiet=True), data.split_rows(700, 0)
+    monkeypatch.setattr(data, "open_split", lambda args: small)
+    monkeypatch.setattr(metrics, "resimulate", lambda *_: None)
+    scores = dict.fromkeys(o2.SCORES) | {"marginals": {"lit_percent": 1}}
+    monkeypatch.setattr(metrics, "evaluate", lambda *_, **__: scores)
+    monkeypatch.setattr(o2, "EQUAL", 20)
+    row = common.plain(o2.row(WEIGHTS / "gan-zp.eqx", tmp_path))
+    assert row["label"] == "gan" and row["equal"] == 1 and row["rows"] == 140 and row["ms"] > 0
