@@ -318,10 +318,11 @@ PLACE_CM = DETECTORS["zn"].half[0]       # unit of the coordinates among them
 
 
 def _features(particles, mode, xp=np):
-    """Conditions before scaling, (N, CONDITIONS[mode]), by NumPy or jax.numpy (`xp`). "physics" adds what geometry gives for free:
-    log E; charge / momentum, on which the magnets act; and three coordinates, last: x and y of the
-    straight-line impact point, and x of the point to which the dipole bends a charged particle, from the
-    middle of ZP. They are arcsinh of lengths in PLACE_CM: linear near the detector, logarithmic far away."""
+    """Conditions before scaling, (N, CONDITIONS[mode]), by NumPy or jax.numpy (`xp`). "physics" adds what
+    geometry gives for free: log E; charge / momentum, on which the magnets act; and three coordinates, last:
+    x and y of the straight-line impact point, and x of the point to which the dipole bends a charged
+    particle, from the middle of ZP. They are arcsinh of lengths in PLACE_CM: linear near the detector,
+    logarithmic far away."""
     wide = particles.astype(float)
     if mode == "raw":
         return wide
@@ -342,8 +343,7 @@ def fit_conditions(particles, mode):
 
 
 def conditions(particles, scaler, xp=np):
-    """Standardised conditions float32 (N, C), clipped at +-10, by NumPy or jax.numpy (`xp`); C is
-    CONDITIONS[scaler.mode]."""
+    """Standardised conditions float32 (N, C), clipped at +-10, C = CONDITIONS[scaler.mode]; `xp` as above."""
     values = (_features(particles, scaler.mode, xp) - scaler.mean) / scaler.std
     return xp.clip(values, -10, 10).astype(np.float32)
 

@@ -2,15 +2,17 @@
 
     python export.py weights/gan-zn.eqx weights/gan-zp.eqx --out o2
 
-o2/gan-zn-o2.onnx is a generator as O2's fast simulation of the ZDC calls it, one particle at a time: noise (1, 10)
-from N(0, 1) and particle (1, 9) -> logarithms of photon counts in the order of O2's pixels, which O2 truncates to
-whole photons; o2/gan-zn-o2.txt has the scales of its particle. gan.py takes the ten numbers for its noise; all
-others come from a hash of the ten, so that equal inputs give equal responses.
+o2/gan-zn-o2.onnx is a generator as O2's fast simulation of the ZDC calls it, one particle at a time: noise
+(1, 10) from N(0, 1) and particle (1, 9) -> logarithms of photon counts in the order of O2's pixels, which O2
+truncates to whole photons; o2/gan-zn-o2.txt has the scales of its particle. gan.py takes the ten numbers for
+its noise; all others come from a hash of the ten, so that equal inputs give equal responses.
 
-o2/gan-zn.onnx takes any number B of them: particles (B, 9) in GeV, cm, MeV and units of e, and all noise as two
-inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5), as metrics.channels.
+o2/gan-zn.onnx takes any number B of them: particles (B, 9) in GeV, cm, MeV and units of e, and all noise as
+two inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5), as
+metrics.channels.
 
-Needs the extra [onnx]. Ends with `written: FILE` for each file; benchmarks/o2.py compares, times and scores them.
+Needs the extra [onnx]. Ends with `written: FILE` for each file. benchmarks/o2.py compares, times and scores
+them.
 """
 import math
 import sys
@@ -41,16 +43,18 @@ BATCH = 9973          # stands for any number of particles while a model is trac
 CHARGE_UNIT = 3       # O2's charges are ROOT's, in units of e / 3
 
 
-# ------------------------------------------------------------------------------------------------------ models
+# ----------------------------------------------------------------------------------------------------- models
 
 # (network of a key, sampler) by flags, detector and number of conditions
 MODELS = {
-    "gan": lambda args, *sizes: (partial(gan.make_gan, args.counts, *sizes), partial(gan.sample, how=args.counts)),
+    "gan": lambda args, *sizes: (partial(gan.make_gan, args.counts, *sizes),
+                                 partial(gan.sample, how=args.counts)),
     "vae": lambda args, *sizes: (
         partial(vae.Autoencoder, args.arch, args.variant, args.latent, args.likelihood, *sizes),
         partial(vae.sample, likelihood=args.likelihood)),
-    "latent_fm": lambda args, *sizes: (partial(latent_fm.make_latent_fm, args.net, *sizes, args.latent),
-                                       partial(latent_fm.sample, steps=args.steps)),
+    "latent_fm": lambda args, detector, conditions: (
+        partial(latent_fm.make_latent_fm, args.net, detector, conditions, args.latent),
+        partial(latent_fm.sample, steps=args.steps)),
     "fm": lambda args, detector, conditions: (
         partial(fm.make_network, args.net, args.counts, detector, conditions),
         partial(fm.sample, shape=detector.shape, how=args.counts, steps=args.steps,
@@ -70,7 +74,7 @@ def open_model(path):
     return args, lambda particles, key: sample(net, data.conditions(particles, scaler, jnp), key)
 
 
-# ------------------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------------------------------------------------------------ noise
 
 def mixed(made, x):
     """A hash of each number uint32 (Wellons 2018, lowbias32): every bit of it depends on all bits of x."""
@@ -84,8 +88,8 @@ def mixed(made, x):
 
 def times(made, x, factor):
     """x factor, modulo 2^32."""
-    product = made.node("Mul", made.node("Cast", x, to=TYPES["int32"]),
-                         made.constant(np.uint32(factor).astype(np.int32)))
+    signed = made.node("Cast", x, to=TYPES["int32"])
+    product = made.node("Mul", signed, made.constant(np.uint32(factor).astype(np.int32)))
     return made.node("Cast", product, to=TYPES["uint32"])
 
 
@@ -107,8 +111,8 @@ def hashed_uniforms(made, noise, count):
     for term in (made.node("Add", counter, seeds[0]), seeds[1]):
         x = made.node("Cast", made.node("Add", x, term), to=TYPES["uint32"])
         x = made.node("Cast", mixed(made, x), **integers)
-    x = made.node("BitShift", made.node("Cast", x, to=TYPES["uint32"]), made.constant(np.uint32(8)),
-                   direction="RIGHT")
+    x = made.node("Cast", x, to=TYPES["uint32"])
+    x = made.node("BitShift", x, made.constant(np.uint32(8)), direction="RIGHT")
     x = made.node("Mul", made.node("Cast", x, to=TYPES["float32"]), made.constant(np.float32(2**-24)))
     return made.node("Add", x, made.constant(np.float32(2**-25)))
 
@@ -118,8 +122,8 @@ def normals(made, uniforms, count):
     first, second = made.node("Split", uniforms, made.ints([count // 2] * 2), outputs=2, axis=1)
     radius = made.node("Sqrt", made.node("Mul", made.node("Log", first), made.constant(np.float32(-2))))
     angle = made.node("Mul", second, made.constant(np.float32(2 * math.pi)))
-    return made.node("Concat", *(made.node("Mul", radius, made.node(wave, angle)) for wave in ("Cos", "Sin")),
-                      axis=1)
+    waves = [made.node("Mul", radius, made.node(wave, angle)) for wave in ("Cos", "Sin")]
+    return made.node("Concat", *waves, axis=1)
 
 
 def count_draws(function, particles):
@@ -144,10 +148,11 @@ class Slices:
 
 def totals(draws):
     """{"normal": numbers of a response, "uniform": ...}."""
-    return {kind: sum(math.prod(shape[1:]) for name, shape in draws if name == kind) for kind in ("normal", "uniform")}
+    count = lambda kind: sum(math.prod(shape[1:]) for name, shape in draws if name == kind)
+    return {kind: count(kind) for kind in ("normal", "uniform")}
 
 
-# ------------------------------------------------------------------------------------------------------- forms
+# ------------------------------------------------------------------------------------------------------ forms
 
 def batched_model(draw):
     """The ONNX model of any number of particles."""
@@ -184,24 +189,25 @@ def o2_model(draw):
     if first:
         tensors["normal"] = made.node("Concat", "noise", tensors["normal"], axis=1) if even else "noise"
     out, = convert(respond, made, Slices(made, tensors), particle)
-    return made.model({"noise": ("noise", np.float32, (1, NOISE)), "particle": ("particle", np.float32, (1, 9))},
-                      {"log_photons": (Converter(made, None).full(out), np.float32, out.shape)})
+    inputs = {name: (name, np.float32, (1, n)) for name, n in (("noise", NOISE), ("particle", 9))}
+    return made.model(inputs, {"log_photons": (Converter(made, None).full(out), np.float32, out.shape)})
 
 
 def scales_text():
-    """O2's file of scales: with (x - mean) / scale it makes our units of a particle, charges in units of e."""
+    """O2's file of scales: (x - mean) / scale gives our units of a particle, charges in units of e."""
     scales = [1] * 8 + [CHARGE_UNIT]
     return "\n".join(["#means", *["0"] * 9, "", "#scales", *map(str, scales), ""])
 
 
-# -------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def export(path, folder):
     """Write both forms of a checkpoint and O2's file of scales into a folder; returns the files."""
     _, draw = open_model(path)
     stem, written = path.stem, []
     contents = {f"{stem}.onnx": batched_model(draw).SerializeToString(),
-                f"{stem}-o2.onnx": o2_model(draw).SerializeToString(), f"{stem}-o2.txt": scales_text().encode()}
+                f"{stem}-o2.onnx": o2_model(draw).SerializeToString(),
+                f"{stem}-o2.txt": scales_text().encode()}
     for name, content in contents.items():
         with common.write_atomic(folder / name) as temporary:
             Path(temporary).write_bytes(content)

@@ -1,9 +1,11 @@
 """From JAX to ONNX: the primitive operations of a traced function, each as a few nodes of a graph.
 
-JAX traces a function to a list of operations (its jaxpr). What does not depend on the inputs is computed here, the
-rest becomes nodes of standard operators. Random numbers cannot be traced: inside `explicit_noise`, jax.random.normal
-and uniform are operations of their own, for which the caller of `convert` supplies the numbers.
+JAX traces a function to a list of operations (its jaxpr). What does not depend on the inputs is computed
+here, the rest becomes nodes of standard operators. Random numbers cannot be traced: inside `explicit_noise`,
+jax.random.normal and uniform are operations of their own, for which the caller of `convert` supplies the
+numbers.
 """
+import math
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": Tens
          "bool": TensorProto.BOOL}
 
 
-# ---------------------------------------------------------------------------------------------- random numbers
+# --------------------------------------------------------------------------------------------- random numbers
 
 def _noise_primitive(name):
     """A primitive in place of jax.random.NAME: of a key, its numbers float32 of a shape."""
@@ -54,7 +56,7 @@ def explicit_noise():
         jax.random.normal, jax.random.uniform = before
 
 
-# ------------------------------------------------------------------------------------------------------- graph
+# ------------------------------------------------------------------------------------------------------ graph
 
 class Value(NamedTuple):
     """An array of the graph: the name of a tensor, or what it is known to be. Axes that an array is broadcast
@@ -73,8 +75,8 @@ class Value(NamedTuple):
 
 
 class Graph:
-    """The nodes of a graph, each once, and their constants. Lengths that are multiples of `batch` stand for as
-    many examples as the input `rows` has."""
+    """The nodes of a graph, each once, and their constants. Lengths that are multiples of `batch` stand for
+    as many examples as the input `rows` has."""
 
     def __init__(self, batch=None, rows=None):
         self.nodes, self.found, self.constants, self.batch, self.rows = [], {}, {}, batch, rows
@@ -126,7 +128,8 @@ class Graph:
         return self.node("Concat", *parts, axis=0)
 
     def model(self, inputs, outputs):
-        """The model of named inputs and outputs {name: (tensor, dtype, shape)}, without nodes that lead nowhere."""
+        """The model of named inputs and outputs {name: (tensor, dtype, shape)}, without nodes that lead
+        nowhere."""
         for name, (tensor, _, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [tensor], [name]))
         needed, kept = set(outputs), []
@@ -134,7 +137,8 @@ class Graph:
             if needed.intersection(node.output):
                 kept.append(node)
                 needed.update(node.input)
-        info = lambda name, dtype, shape: helper.make_tensor_value_info(name, TYPES[str(np.dtype(dtype))], shape)
+        kind = lambda dtype: TYPES[str(np.dtype(dtype))]
+        info = lambda name, dtype, shape: helper.make_tensor_value_info(name, kind(dtype), shape)
         constants = [tensor for tensor in self.constants.values() if tensor.name in needed]
         graph = helper.make_graph(kept[::-1], "zdc", [info(name, *what[1:]) for name, what in inputs.items()],
                                   [info(name, *what[1:]) for name, what in outputs.items()], constants)
@@ -143,7 +147,7 @@ class Graph:
         return model
 
 
-# -------------------------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------------------------------------------- operations
 
 UNARY = {"neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "tanh": "Tanh",
          "sinh": "Sinh", "asinh": "Asinh", "floor": "Floor", "ceil": "Ceil", "abs": "Abs", "sign": "Sign",
@@ -151,12 +155,17 @@ UNARY = {"neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin",
 BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow",
           "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "eq": "Equal",
           "and": "And", "or": "Or"}
-REDUCE = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
 ELEMENTWISE = {*UNARY, *BINARY, "ne", "select_n", "convert_element_type", "square", "integer_pow", "rsqrt"}
-PASSED = "stop_gradient", "copy", "copy_p", "optimization_barrier", "pvary"
+PASSED = "stop_gradient", "copy", "optimization_barrier"
+
+
+def opened(jaxpr):
+    """(jaxpr, constants) of the jaxpr that an operation calls, closed or open."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "jaxpr") else (jaxpr, [])
 
 
 def known(array):
+    """A Value that does not depend on the inputs."""
     array = np.asarray(array)
     return Value(array.shape, array.dtype, None, array, array.shape)
 
@@ -189,7 +198,8 @@ class Converter:
     def run(self, jaxpr, constants, arguments):
         """The outputs of a jaxpr, Values, for Values of its inputs."""
         values = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
-        read = lambda atom: known(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, Literal) else values[atom]
+        literal = lambda atom: known(np.asarray(atom.val, atom.aval.dtype))
+        read = lambda atom: literal(atom) if isinstance(atom, Literal) else values[atom]
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
             for variable, value in zip(equation.outvars, self.apply(equation, inputs)):
@@ -201,14 +211,13 @@ class Converter:
         name, parameters = equation.primitive.name, equation.params
         like = [Value(variable.aval.shape, variable.aval.dtype) for variable in equation.outvars]
         if all(jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) for value in like):
-            return like                                                        # keys: nobody asks for their value
+            return like                                                        # nobody asks for keys
         if name in ("normal", "uniform"):
             return [like[0]._replace(name=self.noise(name, like[0].shape), real=like[0].shape)]
         inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
         if inner is not None:
-            closed = hasattr(inner, "jaxpr")
-            return self.run(inner.jaxpr if closed else inner, [known(x) for x in inner.consts] if closed else [],
-                            inputs)
+            inner, constants = opened(inner)
+            return self.run(inner, [known(x) for x in constants], inputs)
         if name in PASSED:
             return inputs
         if name == "broadcast_in_dim":
@@ -277,12 +286,12 @@ class Converter:
         return self.made(like, "Reciprocal", self.graph.node("Sqrt", self.tensor(x)), real=x.real)
 
     def log1p(self, like, x, **_):
-        return self.made(like, "Log", self.graph.node("Add", self.tensor(x), self.graph.constant(np.float32(1))),
-                         real=x.real)
+        above = self.graph.node("Add", self.tensor(x), self.graph.constant(np.float32(1)))
+        return self.made(like, "Log", above, real=x.real)
 
     def expm1(self, like, x, **_):
-        return self.made(like, "Sub", self.graph.node("Exp", self.tensor(x)), self.graph.constant(np.float32(1)),
-                         real=x.real)
+        power, one = self.graph.node("Exp", self.tensor(x)), self.graph.constant(np.float32(1))
+        return self.made(like, "Sub", power, one, real=x.real)
 
     def clamp(self, like, low, x, high):
         return self.elementwise("min", like, [self.elementwise("max", like, [x, low]), high])
@@ -332,8 +341,8 @@ class Converter:
         return found
 
     def rev(self, like, x, dimensions):
-        each = len(dimensions)
-        ints = [self.graph.ints(numbers) for numbers in ([-1] * each, [-2**31] * each, dimensions, [-1] * each)]
+        last, end, step = ([n] * len(dimensions) for n in (-1, -2**31, -1))
+        ints = [self.graph.ints(numbers) for numbers in (last, end, dimensions, step)]
         return self.made(like, "Slice", self.full(x), *ints)
 
     def split(self, like, x, sizes, axis):
@@ -364,19 +373,21 @@ class Converter:
         a_free, b_free = free(a, (*a_sum, *a_batch)), free(b, (*b_sum, *b_batch))
         if not a_batch and tuple(a_sum) == (len(a.shape) - 1,) and len(b.shape) == 2:
             order = [*b_sum, *b_free]
-            return self.made(like, "MatMul", self.full(a), self.arranged(b, order, [b.shape[i] for i in order]))
-        sizes = lambda value, axes: [value.shape[axis] for axis in axes]
-        batch, count = sizes(a, a_batch), int(np.prod(sizes(a, a_sum), dtype=int))
-        left = self.arranged(a, [*a_batch, *a_free, *a_sum], [*batch, int(np.prod(sizes(a, a_free), dtype=int)), count])
-        right = self.arranged(b, [*b_batch, *b_sum, *b_free], [*batch, count, int(np.prod(sizes(b, b_free), dtype=int))])
+            right = self.arranged(b, order, [b.shape[axis] for axis in order])
+            return self.made(like, "MatMul", self.full(a), right)
+        length = lambda value, axes: math.prod(value.shape[axis] for axis in axes)
+        batch, count = [a.shape[axis] for axis in a_batch], length(a, a_sum)
+        shape = (*batch, length(a, a_free), length(b, b_free))
+        left = self.arranged(a, [*a_batch, *a_free, *a_sum], [*batch, shape[-2], count])
+        right = self.arranged(b, [*b_batch, *b_sum, *b_free], [*batch, count, shape[-1]])
         product = self.graph.node("MatMul", left, right)
-        shape = (*batch, int(np.prod(sizes(a, a_free), dtype=int)), int(np.prod(sizes(b, b_free), dtype=int)))
         return like._replace(name=self.reshaped(product, shape, like.shape), real=like.shape)
 
     def arranged(self, value, axes, shape):
         """A value's tensor with its axes in another order and then another shape."""
         if value.known is not None and not any(map(self.graph.varies, value.shape)):
-            return self.graph.constant(np.broadcast_to(value.known, value.shape).transpose(axes).reshape(shape))
+            whole = np.broadcast_to(value.known, value.shape)
+            return self.graph.constant(whole.transpose(axes).reshape(shape))
         tensor, order = self.full(value), list(axes)
         moved, before = [axis for axis in order if value.shape[axis] > 1], value.shape
         if moved != sorted(moved):
@@ -396,8 +407,7 @@ def evaluate(jaxpr, constants, arguments, noise):
         if equation.primitive in (normal_p, uniform_p):
             found = [next(noise)]
         elif inner is not None:
-            closed = hasattr(inner, "jaxpr")
-            found = evaluate(inner.jaxpr if closed else inner, inner.consts if closed else [], inputs, noise)
+            found = evaluate(*opened(inner), inputs, noise)
         else:
             found = equation.primitive.bind(*inputs, **equation.params)
             found = found if equation.primitive.multiple_results else [found]

@@ -97,6 +97,7 @@ def source(result):
     parts += sorted({row.get("device") or result["device"] for row in rows})
     parts += [f"version {version}" for version in sorted({row["measured_with"] for row in rows})]
     command = f"python -m benchmarks.tables {result['table']} --detector {result['detector'].lower()}"
+    command = result.get("command", command)
     return f"\n{'; '.join(parts)}; `{command}`\n"
 
 
@@ -110,10 +111,13 @@ def tabled(root, *names, columns, rows=lambda result: result["rows"]):
 
 def trained(root):
     """The rows of weights/ and of the table `variants`, with the commands that repeat them."""
+    exported = {(result["detector"], row["label"]): row["ms"]
+                for result in load(root, tables.RESULTS, ["o2"]) for row in result["rows"]}
     for row in load(root, "weights", tables.RECIPES["zn"]):
         detector, label = row["detector"].lower(), row["script"]
         whole = tables.commands("results", tables.tables(detector)["results"], detector)
-        yield row | {"label": label, "command": whole[label], "measured_with": row["versions"]["zdc"]}
+        yield row | {"label": label, "command": whole[label], "measured_with": row["versions"]["zdc"],
+                     "o2_ms": exported.get((row["detector"], label))}
     for result in load(root, tables.RESULTS, ["variants"]):
         yield from (row | {"detector": result["detector"]} for row in result["rows"])
 
@@ -125,7 +129,7 @@ def models(root, columns, choose=lambda row: True):
 
 SUMMARY = {"W": TEST["W"], "oracle": at("seen.W.oracle"), "R, seen particles": TEST["R"],
            "R, unseen": at("unseen.W.R"), **AUC, "ms per response, batch 256": MS,
-           "batch 1": at("ms_per_response.1"), "training, min": minutes}
+           "batch 1": at("ms_per_response.1"), "ONNX, one thread": at("o2_ms"), "training, min": minutes}
 COMMANDS = {"measured with": lambda row: f"{row['device']}, version {row['measured_with']}",
             "command": lambda row: f"`{row['command']}`"}
 TIMES = {f"batch {size}": at(f"ms_per_response.{size}", ".3f") for size in common.BATCHES}
@@ -178,6 +182,12 @@ ADVERSARIES = {"model": key("label"), **PUBLISHED, **TEST, **AUC, **DISPERSION, 
 STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
+O2 = {"model": key("label"), "equal fibres, %": at("equal", ".5f", 100), "furthest": key("furthest"),
+      **{f"{name.replace('_', ' ')} in O2's form (JAX)": lambda row, name=name:
+         f"{at(f'o2.{name}.value', '.3f')(row)} ({at(f'seen.{name}.value', '.3f')(row)})"
+         for name in ("W", "MAE", "AUC_high", "lit %")},
+      "ms": at("ms"), "99th percentile": at("ms_99"), "memory, MiB": at("memory_mib", ".0f"),
+      "file, MB": at("megabytes", ".1f")}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
 STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
             "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}
@@ -325,6 +335,7 @@ TABLES = {
         row for row in result["rows"] if "temperature 1, top-k 0" in row["label"]]),
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
     "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
+    "o2": lambda root: tabled(root, "o2", columns=O2),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
     "tokens": lambda root: tabled(root, "tokens", columns=TOKENS, rows=tokens),
     "flows": lambda root: tabled(root, "flows", columns=FLOWS, rows=flows),

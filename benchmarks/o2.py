@@ -1,11 +1,12 @@
 """Exported models beside those in JAX: equal responses to equal noise, and scores, time and memory as in O2.
 
-    python -m benchmarks.o2 --detector zn        writes benchmarks/results/o2-zn.json for the models of weights/
+    python -m benchmarks.o2 --detector zn     writes benchmarks/results/o2-zn.json for the models of weights/
 """
 import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ import metrics
 from benchmarks.tables import ROOT, write
 from simulator import DETECTORS
 
-ROWS = 12_000    # test rows of the scores
+ROWS = 6000      # test rows of the scores
 EQUAL = 1000     # of them, to compare photon by photon
 SCORES = "W", "MAE", "AUC_high"
 
@@ -41,8 +42,9 @@ def compare(draw, path, particles, seed=0):
         n = int(np.prod(shape[1:]))
         numbers.append(feeds[name][:, used[name]:used[name] + n].reshape(shape))
         used[name] += n
-    run = jax.jit(lambda particles, *numbers: graph.evaluate(closed.jaxpr, closed.consts, [particles], iter(numbers)))
-    here = np.asarray(run(particles, *numbers)[0])
+    evaluate = partial(graph.evaluate, closed.jaxpr, closed.consts)
+    run = jax.jit(lambda particles, *numbers: evaluate([particles], iter(numbers))[0])
+    here = np.asarray(run(particles, *numbers))
     apart = np.abs(there.astype(int) - here)
     assert np.allclose(sums, metrics.channels(there), rtol=1e-5), "channels are sums of the counts"
     return {"equal": float(np.mean(apart == 0)), "furthest": int(apart.max())}
@@ -70,8 +72,9 @@ def row(path, folder):
     block = jax.jit(lambda particles, key: draw(particles, key))
     here = [common.in_blocks(block, jax.random.key(seed), test.particles) for seed in range(2)]
     score = lambda made: metrics.evaluate(test.responses, made, test.particles, test.pdg, oracle=oracle)
-    pick = lambda scores: {name: scores[name] for name in SCORES} | {"lit": scores["marginals"]["lit_percent"]}
-    return found | prints[0] | {"o2": pick(score(list(generations))), "jax": pick(score(here)), "rows": len(test.pdg)}
+    pick = lambda found: {name: found[name] for name in SCORES} | {"lit %": found["marginals"]["lit_percent"]}
+    return found | prints[0] | {"o2": pick(score(list(generations))), "seen": pick(score(here)),
+                                "rows": {"seen": len(test.pdg)}, "measured_with": common.VERSION}
 
 
 def main(argv=None):
@@ -85,7 +88,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(ROOT / f"weights/{name}-{args.detector}.eqx", Path(folder)))
         print(rows[-1])
-    write("o2", args.detector, ROOT, rows=rows)
+    write("o2", args.detector, ROOT, command=f"python -m benchmarks.o2 --detector {args.detector}", rows=rows)
 
 
 if __name__ == "__main__":

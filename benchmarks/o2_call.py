@@ -2,9 +2,9 @@
 
     python -m benchmarks.o2_call o2/gan-zn-o2.onnx particles.npy responses.npy [SEED]
 
-particles.npy: float32 (N, 9), in GeV, cm, MeV and units of e; responses.npy: uint16 (N, ny, nx). Prints one line of
-JSON: ms per response and the memory of this process, which imports nothing else. The contract is that of O2's
-NeuralFastSimulation: inputs by position, scales from a text file, photons are the whole part of expm1.
+particles.npy: float32 (N, 9), in GeV, cm, MeV and units of e; responses.npy: uint16 (N, ny, nx). Prints one
+line of JSON: ms per response and the memory of this process, which imports nothing else. The contract is that
+of O2's NeuralFastSimulation: inputs by position, scales from a text file, photons are the whole part of expm1.
 """
 import json
 import sys
@@ -29,8 +29,8 @@ def open_session(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    shapes = {node.name: [n if isinstance(n, int) else 1 for n in node.shape] for node in session.get_inputs()}
-    return session, shapes
+    length = lambda n: n if isinstance(n, int) else 1
+    return session, {node.name: [length(n) for n in node.shape] for node in session.get_inputs()}
 
 
 def call(path, particles, seed=0):
