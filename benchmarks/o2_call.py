@@ -3,11 +3,11 @@
     python -m benchmarks.o2_call o2/gan-zn-o2.onnx particles.npy responses.npy [SEED]
 
 particles.npy: float32 (N, 9), in GeV, cm, MeV and units of e; responses.npy: uint16 (N, ny, nx). Prints one
-line of JSON: ms per response and the memory of this process, which imports nothing else. The contract is that
-of O2's NeuralFastSimulation: inputs by position, scales from a text file, photons are the whole part of expm1.
+line of JSON: ms per response and the memory of this process, which imports nothing else. The contract is
+that of O2's NeuralFastSimulation: inputs by position, scales from a text file, whole photons by truncation.
 """
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -55,13 +55,18 @@ def memory_mib():
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def main(argv):
-    path, particles, out, *seed = argv
-    responses, seconds = call(Path(path), np.load(particles), *map(int, seed))
-    np.save(out, responses)
+def main(argv=None):
+    """Call a model for each particle of a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "particles", "responses"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    args = parser.parse_args(argv)
+    responses, seconds = call(args.model, np.load(args.particles), args.seed)
+    np.save(args.responses, responses)
     print(json.dumps({"ms": 1e3 * np.median(seconds), "ms_99": 1e3 * np.quantile(seconds, 0.99),
                       "memory_mib": memory_mib()}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
