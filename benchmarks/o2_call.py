@@ -57,7 +57,8 @@ def memory_mib():
 
 def main(argv=None):
     """Call a model for each particle of a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     for name in ("model", "particles", "responses"):
         parser.add_argument(name, type=Path)
     parser.add_argument("seed", nargs="?", type=int, default=0)
