@@ -432,16 +432,6 @@ def vicinity(c, detector, size):
     return jnp.arcsinh(jnp.stack([dx, bent_dx, dy], axis=1) / 2) / 2, jnp.stack(bumps, axis=1)
 
 
-def brightness_features(c, detector):
-    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
-    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
-    from one about another."""
-    few = c[7:] if len(c) == CONDITIONS["physics"] else c
-    angles, falls = jnp.outer(2.0 ** jnp.arange(3), few).ravel(), vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
-
-
 def near_impact(c, detector, size):
     """All of `vicinity` for each patch in one row, (P, 3 + 4 size^2)."""
     offsets, bumps = vicinity(c, detector, size)

@@ -107,9 +107,9 @@ def hashed_uniforms(made, noise, count):
         total = made.node("ReduceSum", made.node("Cast", bits, to=TYPES["int64"]), made.ints([1]), keepdims=1)
         seeds.append(made.node("Cast", total, **integers))
     counter = number((np.arange(count) * 0x9E3779B9).astype(np.uint32).astype(np.int32)[None])  # golden ratio
-    x = number(0)
-    for term in (made.node("Add", counter, seeds[0]), seeds[1]):
-        x = made.node("Cast", made.node("Add", x, term), to=TYPES["uint32"])
+    x = counter
+    for seed in seeds:
+        x = made.node("Cast", made.node("Add", x, seed), to=TYPES["uint32"])
         x = made.node("Cast", mixed(made, x), **integers)
     x = made.node("Cast", x, to=TYPES["uint32"])
     x = made.node("BitShift", x, made.constant(np.uint32(8)), direction="RIGHT")
@@ -163,9 +163,9 @@ def batched_model(draw):
         counts = draw(particles, jax.random.key(0))
         weights = metrics.channel_weights(counts.shape[1:]).reshape(-1, 5)
         return counts, counts.astype(jnp.float32).reshape(-1, len(weights)) @ weights
-    numbers = totals(count_draws(respond, particles))
-    outputs = convert(respond, made, Slices(made, {name: name for name in numbers}), particles)
-    inputs = {"particles": 9} | {name: count for name, count in numbers.items() if count}
+    slices = Slices(made, {"normal": "normal", "uniform": "uniform"})
+    outputs = convert(respond, made, slices, particles)
+    inputs = {"particles": 9} | {name: count for name, count in slices.used.items() if count}
     return made.model({name: (name, np.float32, ("B", count)) for name, count in inputs.items()},
                       {name: (Converter(made, None).full(value), value.dtype, ("B", *value.shape[1:]))
                        for name, value in zip(("counts", "channels"), outputs)})

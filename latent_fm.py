@@ -326,6 +326,17 @@ class DenseAutoencoder(eqx.Module):
         return (self.local(own) + self.position) * (1 + scale) + shift                           # (P, hidden)
 
 
+def brightness_features(c, detector):
+    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
+    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
+    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
+    from one about another."""
+    few = c[7:] if len(c) == data.CONDITIONS["physics"] else c
+    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
+    falls = data.vicinity(c, detector, 4)[1].sum((0, 2))
+    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+
+
 class FlowBlock(eqx.Module):
     """Residual block on one vector (width,), scaled, shifted and gated by embeddings of particle and time."""
     up: Linear
@@ -355,14 +366,14 @@ class DenseFlow(eqx.Module):
 
     def __init__(self, detector, conditions, latent, key, width=112, depth=3, embedding=192, times=32):
         keys, self.detector = iter(jax.random.split(key, 5 + depth)), detector
-        seen = data.brightness_features(jnp.zeros(conditions), detector)
+        seen = brightness_features(jnp.zeros(conditions), detector)
         self.particle = [Linear(n, embedding, next(keys)) for n in (len(seen), embedding)]
         self.time, self.enter = Linear(16, times, next(keys)), Linear(latent, width, next(keys))
         self.blocks = [FlowBlock(width, embedding, times, next(keys)) for _ in range(depth)]
         self.out = Linear(width, latent, next(keys), scale=0.1)
 
     def __call__(self, z, t, c):
-        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), data.brightness_features(c, self.detector)
+        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), brightness_features(c, self.detector)
         for layer in self.particle:
             particle = jax.nn.silu(layer(particle))
         time = jax.nn.silu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))

@@ -96,8 +96,8 @@ def source(result):
     parts += [f"oracle {name} {value:.2f}" for name, value in oracle.items() if value]
     parts += sorted({row.get("device") or result["device"] for row in rows})
     parts += [f"version {version}" for version in sorted({row["measured_with"] for row in rows})]
-    command = f"python -m benchmarks.tables {result['table']} --detector {result['detector'].lower()}"
-    command = result.get("command", command)
+    command = result.get("command") or (f"python -m benchmarks.tables {result['table']} "
+                                        f"--detector {result['detector'].lower()}")
     return f"\n{'; '.join(parts)}; `{command}`\n"
 
 

@@ -69,8 +69,7 @@ def row(path, folder):
              "megabytes": single.stat().st_size / 1e6}
     generations, prints = zip(*(call(single, test.particles, seed, folder) for seed in range(2)))
     oracle = [metrics.resimulate(args.detector, test, seed) for seed in range(2)]
-    block = jax.jit(lambda particles, key: draw(particles, key))
-    here = [common.in_blocks(block, jax.random.key(seed), test.particles) for seed in range(2)]
+    here = [common.in_blocks(jax.jit(draw), jax.random.key(seed), test.particles) for seed in range(2)]
     score = lambda made: metrics.evaluate(test.responses, made, test.particles, test.pdg, oracle=oracle)
     pick = lambda found: {name: found[name] for name in SCORES} | {"lit %": found["marginals"]["lit_percent"]}
     return found | prints[0] | {"o2": pick(score(list(generations))), "seen": pick(score(here)),

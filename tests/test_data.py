@@ -437,27 +437,6 @@ def test_sinusoids_are_sines_and_cosines(conditions):
     np.testing.assert_allclose(sines[:3 * conditions], np.sin(np.outer([1, 2, 4], c)).ravel(), atol=1e-5)
 
 
-@pytest.mark.parametrize("detector", data.DETECTORS)
-def test_what_falls_on_the_detector(detector):
-    """The same for both points of a neutral particle; less and less from the middle to far outside."""
-    detector, logs = data.DETECTORS[detector], []
-    for x in detector.centre + detector.half[0] * np.array([0, 1, 3]):
-        points = [x, 0.0, x - data.DETECTORS["zp"].centre]
-        c = jnp.concatenate([jnp.zeros(11), jnp.arcsinh(jnp.array(points) / data.PLACE_CM)])
-        logs.append(np.asarray(data.brightness_features(c, detector))[-4:])
-    assert np.allclose(np.array(logs)[:, :2], np.array(logs)[:, 2:], atol=1e-3)
-    wide, narrow = np.exp(2 * np.array(logs)[:, :2]).T
-    np.testing.assert_allclose(narrow / narrow[0], [1, 0.5, 0], atol=0.05)     # all, half on the edge, none
-    assert wide[0] > wide[1] > 3 * wide[2] > 0.1
-
-
-def test_brightness_does_not_depend_on_momentum_and_vertex():
-    c, zn = np.random.default_rng(1).normal(size=14).astype(np.float32), data.DETECTORS["zn"]
-    found = [np.asarray(data.brightness_features(jnp.asarray(x), zn)) for x in (c, np.r_[np.zeros(7), c[7:]])]
-    assert np.array_equal(*found) and len(found[0]) == 7 * 7 + 4
-    assert len(data.brightness_features(jnp.zeros(9), zn)) == 7 * 9
-
-
 def place(detector, x, y, charge):
     """(particle (9,), PDG id) that hits x and y fibres from the middle, straight or bent by the dipole."""
     energy, pdg = (3500.0, 2212) if charge else (1000.0, 22)
