@@ -396,18 +396,29 @@ class Converter:
         return self.reshaped(tensor, before, tuple(shape))
 
 
-def evaluate(jaxpr, constants, arguments, noise):
-    """The outputs of a jaxpr that was traced with `explicit_noise`, by JAX, with the arrays of the iterator
-    `noise` as its random numbers."""
+def trace(function, *arguments):
+    """The closed jaxpr of function(*arguments), its random numbers being operations."""
+    with explicit_noise():
+        return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments))
+
+
+def evaluate(function, noise, *arguments):
+    """The outputs of function(*arguments), by JAX; noise(name, shape) gives the numbers that it draws."""
+    closed = trace(function, *arguments)
+    return evaluate_jaxpr(closed.jaxpr, closed.consts, arguments, noise)
+
+
+def evaluate_jaxpr(jaxpr, constants, arguments, noise):
+    """The same for a jaxpr."""
     values = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         if equation.primitive in (normal_p, uniform_p):
-            found = [next(noise)]
+            found = [noise(equation.primitive.name, equation.outvars[0].aval.shape)]
         elif inner is not None:
-            found = evaluate(*opened(inner), inputs, noise)
+            found = evaluate_jaxpr(*opened(inner), inputs, noise)
         else:
             found = equation.primitive.bind(*inputs, **equation.params)
             found = found if equation.primitive.multiple_results else [found]
@@ -423,6 +434,5 @@ def placeholder(array, name=""):
 def convert(function, graph, noise, *arguments):
     """The outputs of function(*arguments) as Values of a graph, for arguments that are Values (inputs);
     noise(name, shape) gives the tensor of the numbers that it draws."""
-    with explicit_noise():
-        closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments))
+    closed = trace(function, *arguments)
     return Converter(graph, noise).run(closed.jaxpr, [known(x) for x in closed.consts], list(arguments))

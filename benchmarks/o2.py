@@ -3,13 +3,14 @@
     python -m benchmarks.o2 --detector zn     writes benchmarks/results/o2-zn.json for the models of weights/
 """
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 
@@ -35,16 +36,15 @@ def compare(draw, path, particles, seed=0):
     feeds = {name: particles if name == "particles" else noise[name]((len(particles), n), np.float32)
              for name, n in counts.items()}
     there, sums = session.run(None, feeds)
-    with graph.explicit_noise():
-        closed = jax.make_jaxpr(lambda particles: draw(particles, jax.random.key(0)))(particles)
-    used, numbers = dict.fromkeys(noise, 0), []
-    for name, shape in export.count_draws(lambda p: draw(p, jax.random.key(0)), graph.placeholder(particles)):
-        n = int(np.prod(shape[1:]))
-        numbers.append(feeds[name][:, used[name]:used[name] + n].reshape(shape))
-        used[name] += n
-    evaluate = partial(graph.evaluate, closed.jaxpr, closed.consts)
-    run = jax.jit(lambda particles, *numbers: evaluate([particles], iter(numbers))[0])
-    here = np.asarray(run(particles, *numbers))
+
+    def run(feeds):
+        rest = dict(feeds)
+
+        def take(name, shape):
+            taken, rest[name] = jnp.split(rest[name], [math.prod(shape[1:])], axis=1)
+            return taken.reshape(shape)
+        return graph.evaluate(lambda p: draw(p, jax.random.key(0)), take, feeds["particles"])[0]
+    here = np.asarray(jax.jit(run)(feeds))
     apart = np.abs(there.astype(int) - here)
     assert np.allclose(sums, metrics.channels(there), rtol=1e-5), "channels are sums of the counts"
     return {"equal": float(np.mean(apart == 0)), "furthest": int(apart.max())}

@@ -1,7 +1,6 @@
 """export.py: noise out of ten numbers, both forms of a model beside JAX, and O2's contract."""
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +107,13 @@ def test_any_number_of_particles_gives_jaxs_counts(exported):
 def test_o2s_form_gives_jaxs_counts_for_the_hashed_noise(exported):
     """The noise of gan.py are the ten numbers themselves."""
     args, draw, (_, single, _) = exported
-    with graph.explicit_noise():
-        closed = jax.make_jaxpr(lambda particle: draw(particle, jax.random.key(0)))(PARTICLES[:1])
     shapes = export.count_draws(lambda p: draw(p, jax.random.key(0)), graph.placeholder(PARTICLES[:1]))
-    evaluate = partial(graph.evaluate, closed.jaxpr, closed.consts)
-    run = jax.jit(lambda particle, *noise: evaluate([particle], iter(noise))[0])
+    sample = lambda particle: draw(particle, jax.random.key(0))
+
+    def run(particle, *noise):
+        numbers = iter(noise)
+        return graph.evaluate(sample, lambda *_: next(numbers), particle)[0]
+    run = jax.jit(run)
     model = onnxruntime.InferenceSession(str(single))
     for particle in PARTICLES:
         noise = RNG.normal(size=(1, 10)).astype(np.float32)
