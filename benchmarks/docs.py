@@ -38,10 +38,15 @@ def at(path, form=".2f", scale=1):
     return text
 
 
-def beside(path, form=".2f", reference="oracle", scale=1):
-    """The column of a score beside its oracle: "16.51 (17.18)"."""
-    value, other = at(f"{path}.value", form, scale), at(f"{path}.{reference}", form, scale)
+def pair(first, second, form=".2f", scale=1):
+    """The column of a number beside another, in brackets: "16.51 (17.18)"."""
+    value, other = at(first, form, scale), at(second, form, scale)
     return lambda row: "-" if value(row) == "-" else f"{value(row)} ({other(row)})"
+
+
+def beside(path, form=".2f", reference="oracle", scale=1):
+    """The column of a score beside its oracle."""
+    return pair(f"{path}.value", f"{path}.{reference}", form, scale)
 
 
 def key(name):
@@ -183,8 +188,7 @@ STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
 O2 = {"model": key("label"), "equal fibres, %": at("equal", ".5f", 100), "furthest": key("furthest"),
-      **{f"{name.replace('_', ' ')} in O2's form (JAX)": lambda row, name=name:
-         f"{at(f'o2.{name}.value', '.3f')(row)} ({at(f'seen.{name}.value', '.3f')(row)})"
+      **{f"{name.replace('_', ' ')} in O2's form (JAX)": pair(f"o2.{name}.value", f"seen.{name}.value", ".3f")
          for name in ("W", "MAE", "AUC_high", "lit %")},
       "ms": at("ms"), "99th percentile": at("ms_99"), "memory, MiB": at("memory_mib", ".0f"),
       "file, MB": at("megabytes", ".1f")}
@@ -229,17 +233,8 @@ def networks(result):
     return [row | {"step": step / row["step_seconds"], "draw": draw(rows[0]) / draw(row)} for row in rows]
 
 
-TOKENS = {"tokens, prior, precision, batch": key("label"), "parameters": key("parameters"),
-          "MFLOP": at("mflop", ".0f"), "ms per response": at("ms", ".3f"),
-          "against the row above, %": at("change", "+.0f", 100),
-          "published ms on a GPU": at("published.ms_per_response")}
-
-
-def tokens(result):
-    """The change of the time from row to row."""
-    times = [list(row["ms_per_response"].values())[0] for row in result["rows"]]
-    return [row | {"ms": now, "change": before and now / before - 1}
-            for row, now, before in zip(result["rows"], times, [None, *times])]
+LEARNING = {"--net, epochs": key("label"), "steps": key("steps"), "minutes": at("minutes", ".1f"),
+            "W": at("validation.W.value"), "R": at("validation.W.R"), "MAE": at("validation.MAE.value")}
 
 
 FLOWS = {"flow": key("flow"), "photon sums": key("sums"),
@@ -337,7 +332,8 @@ TABLES = {
     "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
     "o2": lambda root: tabled(root, "o2", columns=O2),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
-    "tokens": lambda root: tabled(root, "tokens", columns=TOKENS, rows=tokens),
+    "learning": lambda root: tabled(root, "learning", columns=LEARNING, rows=lambda result: tables.learning(
+        result["rows"], result["detector"].lower(), root)),
     "flows": lambda root: tabled(root, "flows", columns=FLOWS, rows=flows),
     "likelihoods": lambda root: markdown(LIKELIHOODS, load(root, tables.RESULTS, ["flows"])),
     "removals": removals,

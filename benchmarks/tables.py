@@ -6,12 +6,11 @@
 A row whose run folder holds the metrics.json of its command is not run again, one that was cut off is
 resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
 GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
-them. `networks`, `tokens` and `flows` compare costs in one process, in which all take turns; `solvers` is
+them. `networks` and `flows` compare costs in one process, in which all take turns; `solvers` is
 Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx.
 """
 import itertools
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -33,7 +32,6 @@ import judge
 import metrics
 import shower_metrics
 import solvers as methods
-import vqgan
 from calorimeter import CALORIMETERS
 from simulator import DETECTORS
 
@@ -61,6 +59,7 @@ STUDENTS = {"base": "--channel-loss 0 --light-loss 0", "channel": "--no-diversit
             "channel, diversity and light": ""}
 SOLVERS = {"--solver ddim --eta 0.7": (11, 25, 50), "--solver second --eta 0.7": (5, 8, 11, 16, 25)}
 SOLVERS |= {f"--solver second --eta {eta}": (11,) for eta in (0, 0.3, 0.5, 0.85, 1)}   # [Comparison, Fig. 7]
+LEARNING = ("paper", 5), ("dense", 1), ("dense", 5), ("dense", 14)         # networks of fm.py, epochs
 TEMPERATURES, TOP_KS = (0.8, 0.9, 1, 1.1, 1.2, 1.4), (4, 16, 64, 0)        # [Poster, Fig. 7]; 0: all tokens
 
 # W, MAE and RMSE on GEANT data of ZN; two did not converge there [Comparison, Tables 2 to 4 and 6]
@@ -101,6 +100,8 @@ def tables(detector):
         "stabilisers": {label: f"{gan} --epochs 2 {flags}" for label, flags in STABILISERS.items()},
         "students": {label: f"iaf.py --student-epochs 1 {flags}" for label, flags in STUDENTS.items()},
         "channels": {"direct estimates": "channels.py"},
+        "learning": {f"{net}, {n}": f"fm.py --net {net} --batch-size 128 --epochs {n} --validate"
+                     for net, n in LEARNING},
         "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 5, 8, 11, 16, 32)]),
         "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
         "diffusion-sweep": sweep("diffusion", weights, solvers),
@@ -203,10 +204,14 @@ def run_table(name, rows, detector, root=ROOT):
         script, _, sweep = name.partition("-")
         path = root / "pictures" / f"{script}-{detector}-{sweep}.png"
         plot_sweep(path, [found[label] for label in whole if label in found])
+    if name == "learning" and found:
+        rows = learning([found[label] for label in whole if label in found], detector, root)
+        path = root / f"pictures/fm-{detector}-learning.png"
+        plot_lines(path, rows, "net", [("steps", "W"), ("minutes", "W")])
     return failed
 
 
-# ----------------------------------------------------------------------------------------- picture of a sweep
+# --------------------------------------------------------------------------------------------------- pictures
 
 SETTINGS = "solver", "eta", "steps", "temperature", "top-k"   # the flags that a sweep changes
 PANELS = {"steps": "steps", "ms per response": "steps", "eta": "eta", "temperature": "temperature"}
@@ -224,10 +229,35 @@ def curves(rows, quantity):
     return {label: sorted(points) for label, points in found.items() if len(points) > 2}
 
 
+def ticks(axes):
+    """Numbers at 1, 2, 5 or closer on the logarithmic axes of a panel."""
+    from matplotlib.ticker import LogLocator                                   # half a second to import
+    for axis in axes.xaxis, axes.yaxis:
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def plot_lines(path, rows, line, panels):
+    """Draw columns of rows, a panel for each pair (x, y) and a line for each text of the column `line`."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (x, y) in zip(figure.subplots(1, len(panels)), panels):
+        for text in dict.fromkeys(row[line] for row in rows):
+            points = [(row[x], row[y]) for row in rows if row[line] == text]
+            axes.plot(*zip(*points), marker="o", markersize=4, label=text)
+        axes.set(xlabel=x, ylabel=y.replace("_", ", "), xscale="log", yscale="log" if y == "W" else "linear")
+        ticks(axes)
+    axes.legend(frameon=False)
+    with common.write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def plot_sweep(path, rows):
     """Draw W on validation rows against steps, their time, eta and temperature, the legend above the axes."""
-    from matplotlib.figure import Figure                                       # half a second to import
-    from matplotlib.ticker import LogLocator
+    from matplotlib.figure import Figure
     panels = {name: curves(rows, quantity) for name, quantity in PANELS.items() if curves(rows, quantity)}
     figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
     for axis, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -238,14 +268,28 @@ def plot_sweep(path, rows):
             axis.axhline(oracle, color="0.5", linestyle="--", label="oracle")
         log = PANELS[name] == "steps"
         axis.set(xlabel=name, ylabel="W", yscale="log", xscale="log" if log else "linear")
-        for side in [axis.yaxis] + [axis.xaxis] * log:
-            low, high = side.get_view_interval()
-            side.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
-            side.set_major_formatter("{x:g}")
-        axis.minorticks_off()
+        ticks(axis)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
     with common.write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+# --------------------------------------------------------------------------- networks at equal steps and time
+
+def learning(rows, detector, root=ROOT):
+    """The rows of the table `learning` with "steps" of their trainings, and "minutes" by the step that the
+    table `networks` measured, alone on the machine."""
+    measured = read(root / RESULTS / f"networks-{detector}.json")["rows"]
+    step = {row["label"]: row["step_seconds"] / 256 for row in measured}       # s of an example
+    found = []
+    for row in rows:
+        flags = flags_of(row["command"])
+        size = int(flags["batch-size"])
+        steps = int(flags["epochs"]) * (row["rows"]["train"] // size)
+        minutes = steps * size * step[flags["net"]] / 60
+        found.append(row | {"net": flags["net"], "steps": steps, "minutes": minutes,
+                            "W": row["validation"]["W"]["value"]})
+    return found
 
 
 # --------------------------------------------------------------------------------- comparisons in one process
@@ -286,30 +330,6 @@ def networks(detector):
     for row in rows:
         step, draw = (seconds[row["label"], what] for what in ("step", "draw"))
         row |= {"step_seconds": step, "ms_per_response": {"256": 1e3 * draw / args.batch_size}}
-    return {"rows": rows}
-
-
-# tokens, prior, precision, batch, each row with one change, and ms on one GPU [FM, Table 5]
-TOKENS = ((36, "gpt-4m", "f32", 256, 0.09), (121, "gpt-4m", "f32", 256, 0.80), (121, "gpt", "f32", 256, 0.60),
-          (121, "gpt", "bf16", 256, 0.45), (121, "gpt", "f32", 1024, None), (121, "gpt", "f32", 16384, None),
-          (121, "masked", "f32", 256, None), (121, "masked", "f32", 16384, None))
-
-
-def tokens(detector):
-    """What a response of vqgan.py costs by tokens, network, precision and batch; all weights are zeros."""
-    conditions, key, rows = data.CONDITIONS["physics"], jax.random.key(0), []
-    for number, prior, precision, batch, published in TOKENS:
-        grid = vqgan.Grid(DETECTORS[detector], *vqgan.GRIDS[number], conditions)
-        make = lambda key: vqgan.VQGAN(vqgan.Autoencoder(grid, conditions, "sample", "vqvae", key),
-                                       vqgan.PRIORS[prior](grid, key))
-        net = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), eqx.filter_eval_shape(make, key))
-        draw = eqx.filter_jit(eqx.Partial(vqgan.sample, common.lower(net, precision), steps=8,
-                                          temperature=1.0, top_k=0))
-        call = partial(draw, np.zeros((batch, conditions), np.float32), key)
-        ms = 1e3 * race({"draw": call}, repeats=2 if batch <= 256 else 1)["draw"] / batch
-        rows.append({"label": f"{math.prod(grid.shape)} tokens, {prior}, {precision}, batch {batch}",
-                     **vqgan.cost(net, conditions, 8), "ms_per_response": {str(batch): ms},
-                     "published": {"ms_per_response": published} if detector == "zn" else {}})
     return {"rows": rows}
 
 
@@ -389,27 +409,12 @@ def solvers(detector, root=ROOT):
             rows.append({"label": solver, "evaluations": number, **scores,
                          **common.time_sampler(draw, 1, (1, 100), repeats=3)})
             print(rows[-1])
-    plot_solvers(root / f"pictures/calodream-{detector}-solvers.png", rows)
+    path = root / f"pictures/calodream-{detector}-solvers.png"
+    plot_lines(path, rows, "label", [("evaluations", "AUC_high"), ("evaluations", "AUC_low")])
     return {"rows": rows, "showers": len(test.energies)}
 
 
-def plot_solvers(path, rows):
-    """Draw both AUC against the evaluations of each solver."""
-    from matplotlib.figure import Figure                                       # half a second to import
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("AUC_high", "AUC_low")):
-        for solver in SOLVED:
-            points = [(row["evaluations"], row[name]) for row in rows if row["label"] == solver]
-            axis.plot(*zip(*points), marker="o", markersize=4, label=solver)
-        axis.set(xlabel="evaluations", ylabel=name.replace("_", ", "), xscale="log")
-        axis.set_xticks([4, 8, 16, 32, 40], labels=[4, 8, 16, 32, 40])
-        axis.minorticks_off()
-    axis.legend(frameon=False)
-    with common.write_atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-COMPARISONS = {"networks": networks, "tokens": tokens, "flows": flows, "solvers": solvers}
+COMPARISONS = {"networks": networks, "flows": flows, "solvers": solvers}
 
 
 # ------------------------------------------------------------------------------------------------------- main

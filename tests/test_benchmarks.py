@@ -16,7 +16,6 @@ import common
 import data
 import fm
 import iaf
-import vqgan
 from benchmarks import check, docs, tables
 from common import UserError
 
@@ -179,6 +178,19 @@ def test_a_sweep_is_drawn(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
+    """Ten batches of 128 are five of 256, of two seconds each."""
+    networks = {"rows": [{"label": "dense", "step_seconds": 2.0}, {"label": "paper", "step_seconds": 30.0}]}
+    common.write_json(tmp_path / tables.RESULTS / "networks-zn.json", networks)
+    rows = [{"command": f"python fm.py --net {net} --batch-size 128 --epochs {epochs}", "rows": {"train": 700},
+             "validation": {"W": {"value": 3.0 / epochs}}} for net, epochs in (("dense", 2), ("paper", 4))]
+    found = tables.learning(rows, "zn", tmp_path)
+    assert [(row["net"], row["steps"], row["W"]) for row in found] == [("dense", 10, 1.5), ("paper", 20, 0.75)]
+    assert [row["minutes"] for row in found] == pytest.approx([5 * 2 / 60, 10 * 30 / 60])
+    tables.plot_lines(tmp_path / "a.png", found, "net", [("steps", "W"), ("minutes", "W")])
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 # --------------------------------------------------------------------------------- comparisons in one process
 
 def test_a_race_calls_in_turn():
@@ -218,14 +230,6 @@ def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):
     assert found["removals"][2] == {"flow": "student", "removal": "floor", "W": 3.0, "paper_W": 2.6}
     ms = found["speed"]["ms"]
     assert set(ms) == {"naive", "incremental", "student"} and min(ms.values()) > 0
-
-
-def test_tokens_are_compared(small_detectors, monkeypatch):
-    monkeypatch.setattr(tables, "TOKENS", ((121, "masked", "bf16", 4, 0.5),))
-    monkeypatch.setattr(vqgan, "cost", lambda net, conditions, steps: {"evaluations": steps})
-    row, = tables.tokens("zn")["rows"]
-    assert row["label"] == "9 tokens, masked, bf16, batch 4" and row["published"] == {"ms_per_response": 0.5}
-    assert row["ms_per_response"]["4"] > 0
 
 
 # -------------------------------------------------------------------------------------------------- the check
