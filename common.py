@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 VERSION = "0.2.0"
 FORMAT = "zdc-checkpoint-4"
+WEIGHTS = Path(__file__).parent / "weights"
 LOGGED = 50  # steps from one line of log.jsonl to the next
-BLOCK = 256  # responses per call when many are made; larger blocks leave a CPU's cache
+BLOCK = 256  # responses per call when many are made; larger ones leave a CPU's cache
 BATCHES = 1, 32, 256, 1024, 8192, 16384  # sizes to time where a response costs little [Poster, Table 3]
 
 
@@ -97,7 +98,6 @@ FLAGS = {
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
     "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="N", help="rows per training step"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate"),
-    "schedule": dict(choices=("onecycle", "cosine"), default="onecycle", help="course of the learning rate"),
     "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="largest norm of a gradient"),
     "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY",
                 help="decay per step of the moving average of the weights"),
@@ -107,6 +107,9 @@ FLAGS = {
     "resume": dict(action="store_true", help="continue the run in --run where it was cut off"),
     "validate": dict(action="store_true", help="score W and MAE on the validation rows, not the test rows"),
     "generate": dict(type=Path, metavar="FILE", help="generate responses of this particle list into --out"),
+    "hit": dict(type=Path, metavar="FILE", default=lambda args: WEIGHTS / f"hit-{args.detector}.eqx",
+                help="network of hit.py by which --generate draws who gives light (default: of weights/)"),
+    "all_hit": dict(action="store_true", help="let --generate give light to every particle of the list"),
     "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
@@ -114,7 +117,7 @@ FLAGS = {
     "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)"),
 }
-TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "schedule", "clip", "ema", "precision"
+TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "clip", "ema", "precision"
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,10 +149,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _check(self, args):
-        if args.generate and not args.load:
-            self.error(f"--generate needs --load, a checkpoint such as weights/{args.script}-*.eqx")
-        if args.generate and not args.out:
-            self.error("--generate needs --out")
+        if args.generate and not (args.load and args.out):
+            self.error(f"--generate needs --out and --load, such as weights/{args.script}-zn.eqx")
         if args.load and args.resume:
             self.error("--resume continues a training, it does not go with --load")
         if args.batch_size % args.devices:
@@ -185,7 +186,6 @@ class Plan(NamedTuple):
     epochs: int
     batch_size: int
     lr: float
-    schedule: str = "onecycle"
     clip: float = 1.0
     ema: float = 0.999
     precision: str = "f32"
@@ -516,8 +516,7 @@ def moving_average(ema, net, decay, step):
 
 def adamw(plan, steps, **options):
     """AdamW with clipped gradients and a learning rate that ends near 0 after `steps` steps."""
-    schedule = (optax.cosine_onecycle_schedule(steps, plan.lr, 0.1, 10, 100) if plan.schedule == "onecycle"
-                else optax.cosine_decay_schedule(plan.lr, steps))
+    schedule = optax.cosine_onecycle_schedule(steps, plan.lr, 0.1, 10, 100)
     options = {"b2": 0.99, "weight_decay": 1e-4} | options
     return optax.chain(optax.clip_by_global_norm(plan.clip), optax.adamw(schedule, **options))
 

@@ -22,6 +22,7 @@ import numpy as np
 
 import common
 import data
+import hit
 import judge
 import plots
 import simulator
@@ -748,6 +749,7 @@ def generate_file(args, draw, scaler):
         raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
     particles, pdg = data.read_particles(args.generate)
     generate, chunk = generator(draw, scaler, args.seed), 32 * common.BLOCK
+    generate = generate if args.all_hit else hit.with_misses(generate, args.hit, args.detector, args.seed)
 
     def blocks():
         for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
@@ -757,7 +759,7 @@ def generate_file(args, draw, scaler):
                    "channels": channels(responses)}
 
     data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script=args.script,
-                     checkpoint=str(args.load))
+                     checkpoint=str(args.load), hit="" if args.all_hit else str(args.hit))
     print(f"{len(particles)} responses -> {args.out}")
     return {"rows": len(particles), "out": str(args.out)}
 

@@ -182,10 +182,11 @@ def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
     """Ten batches of 128 are five of 256, of two seconds each."""
     networks = {"rows": [{"label": "dense", "step_seconds": 2.0}, {"label": "paper", "step_seconds": 30.0}]}
     common.write_json(tmp_path / tables.RESULTS / "networks-zn.json", networks)
-    rows = [{"command": f"python fm.py --net {net} --batch-size 128 --epochs {epochs}", "rows": {"train": 700},
-             "validation": {"W": {"value": 3.0 / epochs}}} for net, epochs in (("dense", 2), ("paper", 4))]
+    rows = [{"command": f"python fm.py --net {net} --batch-size 128 --epochs {n}", "rows": {"train": 700},
+             "validation": {"W": {"value": 3.0 / n}}} for net, n in (("dense", 2), ("paper", 4))]
     found = tables.learning(rows, "zn", tmp_path)
-    assert [(row["net"], row["steps"], row["W"]) for row in found] == [("dense", 10, 1.5), ("paper", 20, 0.75)]
+    assert [(row["net"], row["steps"], row["W"]) for row in found] == [
+        ("dense", 10, 1.5), ("paper", 20, 0.75)]
     assert [row["minutes"] for row in found] == pytest.approx([5 * 2 / 60, 10 * 30 / 60])
     tables.plot_lines(tmp_path / "a.png", found, "net", [("steps", "W"), ("minutes", "W")])
     assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -473,7 +473,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     ("--load state.eqx", "state.eqx: the state of a run"),
     ("--load model.eqx --generate missing.csv --out x.hdf5", "missing.csv: expected one energy in MeV"),
     ("--load model.eqx --generate small.xml --out x.hdf5", "small.xml: expected one energy in MeV"),
-    ("--generate small.xml --out x.hdf5", "--generate needs --load"),
+    ("--generate small.xml --out x.hdf5", "--generate needs --out and --load"),
     ("--energy-epochs 0", "--energy-epochs"), ("--cut -1", "--cut"), ("--patch 2 8", "--patch"),
 ])
 def test_bad_input(flags, named, trained, tmp_path, monkeypatch, capfd):

@@ -454,7 +454,7 @@ def test_validation(trained, dataset, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "zp --net tiny --counts floor", "zn --net dense --counts round",
-    "zp --net tiny --split particles --schedule cosine",
+    "zp --net tiny --split particles --lr 1e-3",
     "zn --net tiny --cond raw --precision bf16 --counts round"])
 def test_every_kind_of_run(flags, tmp_path):
     """Every way to counts, split and detector; all combinations are traced above."""
@@ -505,10 +505,10 @@ def job(trained, dataset, tmp_path):
     def generate(kind="h5", *flags):
         out = tmp_path / "out.h5"
         result = fm.main(["--load", model, "--generate", str(tmp_path / f"list.{kind}"), "--out", str(out),
-                          "--steps", "2", "--quiet", *flags])
+                          "--steps", "2", "--quiet", "--all-hit", *flags])
         assert result == {"rows": 300, "out": str(out)}
         with h5py.File(out) as file:
-            assert dict(file.attrs) == {"detector": "zn", "script": "fm", "checkpoint": model}
+            assert dict(file.attrs) == {"detector": "zn", "script": "fm", "checkpoint": model, "hit": ""}
             return {name: file[name][:] for name in file}
     return SimpleNamespace(generate=generate, out=tmp_path / "out.h5", particles=particles, pdg=pdg,
                            folder=tmp_path)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = "channels", "fm", "latent_fm", "diffusion", "vae", "gan", "vqgan", "iaf", "calodream"
 # Each imports only those before it
 SHARED = ("common", "solvers", "plots", "simulator", "data", "checkerboard", "calorimeter", "preprocessing",
-          "judge", "metrics", "shower_metrics", "layers", "papers", "graph")
+          "judge", "hit", "metrics", "shower_metrics", "layers", "papers", "graph")
 # metrics.py scores two kinds of detector, fibres and, since CaloDREAM, layers of voxels; plots.py draws both.
 # papers.py holds the published autoencoder of showers as well; calodream.py trains two networks or three, and
 # scores showers itself. calorimeter.py is data.py and simulator.py of its detector in one, preprocessing.py
@@ -24,8 +24,8 @@ SHARED = ("common", "solvers", "plots", "simulator", "data", "checkerboard", "ca
 BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 600,
            "plots": 135, "data": 485, "checkerboard": 80, "simulator": 520, "calorimeter": 420,
-           "preprocessing": 190, "judge": 160, "metrics": 725, "shower_metrics": 155, "graph": 400,
-           "export": 220, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
+           "preprocessing": 190, "judge": 160, "hit": 230, "metrics": 725, "shower_metrics": 155,
+           "graph": 400, "export": 220, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
            "benchmarks/tables": 410, "benchmarks/check": 290, "benchmarks/docs": 365}
 MARK = "# same as "
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): path.read_text()

@@ -511,7 +511,7 @@ def test_the_teacher_generates(trained, tmp_path):
     dataset, out = data.open_data("zn", 700, quiet=True), tmp_path / "out.h5"
     tiny.save(tmp_path / "list.h5", dataset)
     iaf.main(["--load", str(trained[0] / "teacher" / "model.eqx"), "--generate", str(tmp_path / "list.h5"),
-              "--out", str(out), "--quiet"])
+              "--out", str(out), "--all-hit", "--quiet"])
     made = data.load(out, "zn")
     assert made.responses.any() and np.array_equal(made.particles, dataset.particles)
 

@@ -89,11 +89,11 @@ def test_killed_generation(tmp_path, existing):
     # two blocks are in the file when it is killed
     child = start(tmp_path, "common.BLOCK = 4\nchannels = metrics.channels\n"
                   "metrics.channels = lambda r: print('block', flush=True) or time.sleep(0.2) or channels(r)",
-                  "--load model.eqx --generate list.h5 --out out.h5".split())
+                  "--load model.eqx --generate list.h5 --out out.h5 --all-hit".split())
     for _ in range(3):
         assert child.stdout.readline() == "block\n"
     [part] = tmp_path.glob(".out.*")
     kill_when(child, lambda: True)
     assert part.exists() and (out.read_bytes() == existing if existing else not out.exists())
-    fm.main("--load model.eqx --generate list.h5 --out out.h5 --steps 2 --quiet".split())
+    fm.main("--load model.eqx --generate list.h5 --out out.h5 --steps 2 --all-hit --quiet".split())
     assert np.array_equal(data.load(out, "zn").particles, dataset.particles)

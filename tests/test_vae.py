@@ -358,7 +358,7 @@ def test_saved_and_loaded(trained, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("--batch-size 500", "expected 2 to 489"), ("--steps 3", "unrecognized"),
     ("--arch resnet", "invalid choice"), ("--latent 0", "between 1 and 1024"),
-    ("--generate a.csv", "--generate needs --load")])
+    ("--generate a.csv", "--generate needs --out and --load")])
 def test_wrong_flags(flags, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: vae.main([*FLAGS, *flags.split(), "--run", str(tmp_path / "run")]))
