@@ -1,15 +1,18 @@
 """ONNX models, for ALICE O2 and for everyone who runs without JAX.
 
-    python export.py weights/gan-zn.eqx weights/gan-zp.eqx --out o2
+    python export.py weights/gan-z?.eqx weights/hit-z?.eqx --out o2
 
 o2/gan-zn-o2.onnx is a generator as O2's fast simulation of the ZDC calls it, one particle at a time: noise
 (1, 10) from N(0, 1) and particle (1, 9) -> logarithms of photon counts in the order of O2's pixels, which O2
 truncates to whole photons; o2/gan-zn-o2.txt has the scales of its particle. gan.py takes the ten numbers for
-its noise; all others come from a hash of the ten, so that equal inputs give equal responses.
+its noise; all others come from a hash of the ten, so that equal inputs give equal responses. Particles that
+do not pass the cut give no light (hit.py; with `--all-hit` all do). A hash of the particle decides, so that
+O2's classifier, o2/hit-o2.onnx, knows: particle (1, 9) -> 1 if it gives light to ZN or ZP, else 0.
 
 o2/gan-zn.onnx takes any number B of them: particles (B, 9) in GeV, cm, MeV and units of e, and all noise as
 two inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5), as
-metrics.channels.
+metrics.channels; all pass the cut. o2/hit-zn.onnx gives for particles (B, 9) the probabilities (B, 11) of 0,
+1, ..., 9 photons and of more.
 
 Needs the extra [onnx]. Ends with `written: FILE` for each file. benchmarks/o2.py compares, times and scores
 them.
@@ -27,11 +30,12 @@ import common
 import data
 import fm
 import gan
+import hit
 import latent_fm
 import metrics
 import vae
 from common import UserError
-from simulator import DETECTORS
+from simulator import CUT, DETECTORS
 
 try:
     from graph import TYPES, Converter, Graph, convert, placeholder
@@ -74,6 +78,12 @@ def open_model(path):
     return args, lambda particles, key: sample(net, data.conditions(particles, scaler, jnp), key)
 
 
+def open_hit(path, name):
+    """chance(particles (B, 9)) of a checkpoint of hit.py gives probabilities (B, CUT + 1)."""
+    net, scaler = hit.open_hit(path, name)
+    return lambda particles: hit.probabilities(net, data.conditions(particles, scaler, jnp))
+
+
 # ------------------------------------------------------------------------------------------------------ noise
 
 def mixed(made, x):
@@ -93,12 +103,12 @@ def times(made, x, factor):
     return made.node("Cast", product, to=TYPES["uint32"])
 
 
-def hashed_uniforms(made, noise, count):
-    """Numbers in (0, 1), float32 (1, count), from the tensor noise (1, 10): the hash of a counter and of two
-    sums of hashes of the ten."""
+def hashed_uniforms(made, noise, count, width=NOISE, unit=2.0**-20):
+    """Numbers in (0, 1), float32 (1, count), from the tensor noise (1, width), in whole units: the hash of a
+    counter and of two sums of hashes of them."""
     number, integers = lambda n: made.constant(np.array(n, np.int32)), dict(to=TYPES["int32"])
-    scaled = made.node("Mul", noise, made.constant(np.float32(2**20)))
-    places = number((np.arange(NOISE) * 0x9E3779B9).astype(np.uint32).astype(np.int32))
+    scaled = made.node("Mul", noise, made.constant(np.float32(1 / unit)))
+    places = number((np.arange(width) * 0x9E3779B9).astype(np.uint32).astype(np.int32))
     bits = made.node("Add", made.node("Cast", scaled, **integers), places)                     # (1, 10)
     seeds, bits = [], made.node("Cast", bits, to=TYPES["uint32"])
     for _ in range(2):
@@ -117,6 +127,15 @@ def hashed_uniforms(made, noise, count):
     return made.node("Add", x, made.constant(np.float32(2**-25)))
 
 
+def hit_number(made, name):
+    """A number in (0, 1), as a Value (1, 1), by which a particle gives light to a detector: a hash of it, so
+    that generators and classifier agree."""
+    both = hashed_uniforms(made, "particle", len(DETECTORS), width=9, unit=2.0**-18)   # 7000 GeV: 2^31
+    start = sorted(DETECTORS).index(name)
+    return placeholder(np.zeros((1, 1), np.float32),
+                       made.node("Slice", both, *map(made.ints, ([start], [start + 1], [1]))))
+
+
 def normals(made, uniforms, count):
     """`count` normal numbers (1, count) from as many uniform ones, count even (Box and Muller 1958)."""
     first, second = made.node("Split", uniforms, made.ints([count // 2] * 2), outputs=2, axis=1)
@@ -126,10 +145,10 @@ def normals(made, uniforms, count):
     return made.node("Concat", *waves, axis=1)
 
 
-def count_draws(function, particles):
+def count_draws(function, *inputs):
     """What a sampler draws: [("normal" or "uniform", shape), ...]."""
     draws = []
-    convert(function, Graph(), lambda name, shape: draws.append((name, shape)) or "", particles)
+    convert(function, Graph(), lambda name, shape: draws.append((name, shape)) or "", *inputs)
     return draws
 
 
@@ -171,15 +190,18 @@ def batched_model(draw):
                        for name, value in zip(("counts", "channels"), outputs)})
 
 
-def o2_model(draw):
-    """The ONNX model of O2's contract."""
+def o2_model(draw, name, chance=None):
+    """The ONNX model of O2's contract; with `chance` (see open_hit), light only for particles that pass."""
     made, particle = Graph(), placeholder(np.zeros((1, 9), np.float32), "particle")
 
-    def respond(particle):
+    def respond(particle, number):
         counts = draw(particle, jax.random.key(0)).astype(jnp.float32)
+        if chance:
+            counts = jnp.where((number < chance(particle)[:, CUT:])[:, None], counts, 0.0)
         # O2 takes the whole part of expm1: a hundredth of a photon makes up for rounding
         return jnp.where(counts > 0, jnp.log(counts + 1.01), 0.0).transpose(0, 2, 1)    # (1, y, x)
-    draws = count_draws(respond, particle)
+    inputs = particle, hit_number(made, name)
+    draws = count_draws(respond, *inputs)
     first, numbers = draws[0] == ("normal", (1, NOISE)), totals(draws)
     even = 2 * math.ceil((numbers["normal"] - NOISE * first) / 2)
     uniforms, tensors = hashed_uniforms(made, "noise", even + numbers["uniform"]), {}
@@ -188,9 +210,30 @@ def o2_model(draw):
     tensors["normal"] = normals(made, tensors["normal"], even) if even else None
     if first:
         tensors["normal"] = made.node("Concat", "noise", tensors["normal"], axis=1) if even else "noise"
-    out, = convert(respond, made, Slices(made, tensors), particle)
+    out, = convert(respond, made, Slices(made, tensors), *inputs)
     inputs = {name: (name, np.float32, (1, n)) for name, n in (("noise", NOISE), ("particle", 9))}
     return made.model(inputs, {"log_photons": (Converter(made, None).full(out), np.float32, out.shape)})
+
+
+def classifier(chances):
+    """O2's classifier of {"zn": chance, "zp": chance}, see open_hit: 1 where a detector gets light."""
+    made, particle = Graph(), placeholder(np.zeros((1, 9), np.float32), "particle")
+
+    def light(particle, *numbers):
+        hits = [u < chance(particle)[:, CUT:] for u, chance in zip(numbers, chances.values())]
+        return jnp.max(jnp.concatenate(hits, 1).astype(jnp.float32), 1, keepdims=True)
+    out, = convert(light, made, None, particle, *(hit_number(made, name) for name in chances))
+    return made.model({"particle": ("particle", np.float32, (1, 9))},
+                      {"hit": (Converter(made, None).full(out), np.float32, (1, 1))})
+
+
+def hit_model(chance):
+    """The ONNX model of the probabilities of any number of particles."""
+    made = Graph(BATCH, "particles")
+    particles = placeholder(jax.ShapeDtypeStruct((BATCH, 9), np.float32), "particles")
+    out, = convert(chance, made, None, particles)
+    return made.model({"particles": ("particles", np.float32, ("B", 9))},
+                      {"probabilities": (Converter(made, None).full(out), np.float32, ("B", CUT + 1))})
 
 
 def scales_text():
@@ -201,29 +244,46 @@ def scales_text():
 
 # ------------------------------------------------------------------------------------------------------- main
 
-def export(path, folder):
-    """Write both forms of a checkpoint and O2's file of scales into a folder; returns the files."""
-    _, draw = open_model(path)
-    stem, written = path.stem, []
-    contents = {f"{stem}.onnx": batched_model(draw).SerializeToString(),
-                f"{stem}-o2.onnx": o2_model(draw).SerializeToString(),
-                f"{stem}-o2.txt": scales_text().encode()}
+def write(folder, models):
+    """Write {name: model} into a folder, with O2's file of scales beside models for it; returns the files."""
+    contents = {f"{name}.onnx": model.SerializeToString() for name, model in models.items()}
+    contents |= {f"{name}.txt": scales_text().encode() for name in models if name.endswith("-o2")}
     for name, content in contents.items():
         with common.write_atomic(folder / name) as temporary:
             Path(temporary).write_bytes(content)
-        written.append(folder / name)
-    return written
+    return [folder / name for name in contents]
+
+
+def export(path, folder, hit_path=None):
+    """Write both forms of a generator; O2's with the network of hit.py at `hit_path`, if given."""
+    args, draw = open_model(path)
+    chance = hit_path and open_hit(hit_path, args.detector)
+    single = o2_model(draw, args.detector, chance)
+    return write(folder, {path.stem: batched_model(draw), f"{path.stem}-o2": single})
+
+
+def export_hits(paths, folder):
+    """Write the networks of hit.py, {detector: path}, and O2's classifier of them."""
+    chances = {name: open_hit(path, name) for name, path in paths.items()}
+    models = {path.stem: hit_model(chances[name]) for name, path in paths.items()}
+    return write(folder, models | {"hit-o2": classifier(chances)})
 
 
 def main(argv=None):
     """Export the checkpoints of the command line. Returns the files."""
-    parser = common.parser(__doc__, "export", flags=())
+    parser = common.parser(__doc__, "export", flags=("all_hit",))
     parser.set_defaults(detector=None)                                         # that of each checkpoint
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="checkpoints to export")
     parser.add_argument("--out", type=Path, default=Path("o2"), metavar="FOLDER",
                         help="write the files into this folder (default: o2)")
     args = parser.parse_args(argv)
-    written = [file for path in args.models for file in export(path, args.out)]
+    headers = {path: common.read_header(path) for path in args.models}
+    hits = {header["detector"]: path for path, header in headers.items() if header["script"] == "hit"}
+    written = export_hits(hits, args.out) if hits else []
+    for path in [path for path, header in headers.items() if header["script"] != "hit"]:
+        name = headers[path]["detector"]
+        network = hits.get(name, common.WEIGHTS / f"hit-{name}.eqx")
+        written += export(path, args.out, None if args.all_hit else network)
     for file in written:
         print(f"written: {file}")
     return written

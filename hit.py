@@ -100,11 +100,21 @@ def single_photons(sums, light, rng):
     return flat.reshape(-1, *light.shape)
 
 
+def probabilities(net, c):
+    """P(n | c), (B, CUT + 1), of conditions c (B, C)."""
+    return jax.nn.softmax(jax.vmap(net)(c))
+
+
+def open_hit(path, name):
+    """The network of a checkpoint for detector `name`, and its Scaler."""
+    header = common.read_model_header(path, "hit", name, ())
+    return common.load_model(path, partial(Hit, DETECTORS[name])), data.stored_scaler(header)
+
+
 def with_misses(generate, path, name, seed):
     """generate(particles (N, 9), number) -> uint16 (N, H, W), as that of metrics.generator, for the particles
     alone that pass the cut. The network of the checkpoint `path` draws which do, and the others' sums."""
-    header = common.read_model_header(path, "hit", name, ())
-    net, scaler = common.load_model(path, partial(Hit, DETECTORS[name])), data.stored_scaler(header)
+    net, scaler = open_hit(path, name)
     draw = eqx.filter_jit(eqx.Partial(sample, net))
 
     def generate_all(particles, number):
@@ -237,8 +247,8 @@ def main(argv=None):
     net, times = train(Hit(DETECTORS[args.detector], plan.keys[0]), batch_loss, arrays, rows, plan)
     net = eqx.tree_at(lambda net: net.light, net, jnp.asarray(light / max(light.max(), 1), jnp.float32))
     net = common.save_model(args.run, args.header, scaler, times, net)
-    probabilities = eqx.filter_jit(lambda net, c: jax.nn.softmax(jax.vmap(net)(c))[:, CUT])
-    scores = calibration(np.asarray(probabilities(net, data.conditions(tested, scaler))), runs == CUT)
+    found = eqx.filter_jit(probabilities)(net, data.conditions(tested, scaler))
+    scores = calibration(np.asarray(found)[:, CUT], runs == CUT)
     print_scores(scores)
     result = {"script": "hit", "detector": args.detector, "command": args.command,
               "versions": common.versions(), "device": common.device_name(),

@@ -14,8 +14,9 @@ import common  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
 import graph  # noqa: E402
+import hit  # noqa: E402
 import metrics  # noqa: E402
-from benchmarks import o2, o2_call  # noqa: E402
+from benchmarks import events, o2, o2_call  # noqa: E402
 
 WEIGHTS = o2.ROOT / "weights"
 RNG = np.random.default_rng(0)
@@ -199,6 +200,57 @@ def test_what_cannot_be_exported(name, message, tmp_path, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o2").exists()
 
 
+# --------------------------------------------------------------------------------------- whom they give light
+
+@pytest.fixture(scope="module")
+def hits(tmp_path_factory):
+    """(particles, sessions of hit-zn, hit-o2 and gan-zn-o2)."""
+    folder = tmp_path_factory.mktemp("hits")
+    models = [str(WEIGHTS / name) for name in ("hit-zn.eqx", "hit-zp.eqx", "gan-zn.eqx")]
+    export.main([*models, "--out", str(folder)])
+    particles = hit.runs_before_the_cut("zn", 2000, 5, quiet=True)[0]
+    names = "hit-zn", "hit-zp", "hit-o2", "gan-zn-o2"
+    return particles, *(onnxruntime.InferenceSession(str(folder / f"{name}.onnx")) for name in names)
+
+
+def classified(model, particles):
+    return np.array([model.run(None, {"particle": row[None]})[0].item() for row in particles])
+
+
+def test_probabilities_are_those_of_jax(hits):
+    particles, zn, *_ = hits
+    net, scaler = hit.open_hit(WEIGHTS / "hit-zn.eqx", "zn")
+    here = hit.probabilities(net, data.conditions(particles, scaler))
+    np.testing.assert_allclose(zn.run(None, {"particles": particles})[0], here, atol=1e-4)
+
+
+def test_the_classifier_says_one_as_often_as_the_probabilities(hits):
+    """In bins of the chance that one of two independent detectors gets light."""
+    particles, zn, zp, o2_classifier, _ = hits
+    miss = [1 - model.run(None, {"particles": particles})[0][:, -1] for model in (zn, zp)]
+    chance, found = 1 - miss[0] * miss[1], classified(o2_classifier, particles)
+    assert set(found) == {0.0, 1.0}
+    np.testing.assert_array_equal(found, classified(o2_classifier, particles))
+    bins = (chance * 4.999).astype(int)
+    for k in range(5):
+        mine = bins == k
+        error = np.sqrt((chance * (1 - chance))[mine].sum()) + 1
+        assert abs(found[mine].sum() - chance[mine].sum()) < 4 * error
+
+
+def test_a_generator_gives_light_only_where_the_classifier_says_so(hits):
+    particles, zn, _, o2_classifier, generator = hits
+    particles, noise = particles[:400], RNG.normal(size=(400, 10)).astype(np.float32)
+    made = [generator.run(None, {"noise": z[None], "particle": row[None]})[0]
+            for z, row in zip(noise, particles)]
+    lit = np.array([np.expm1(logs).astype(int).sum() > 0 for logs in made])
+    assert not lit[classified(o2_classifier, particles) == 0].any()
+    passing = zn.run(None, {"particles": particles})[0][:, -1]
+    assert lit.mean() == pytest.approx(passing.mean(), abs=0.08)
+
+
+# ---------------------------------------------------------------------------------------------- command, table
+
 def test_without_the_extra(tmp_path):
     (tmp_path / "onnx.py").write_text("raise ModuleNotFoundError('no', name='onnx')")
     result = subprocess.run([sys.executable, "export.py", "x"], cwd=o2.ROOT, capture_output=True, text=True,
@@ -216,3 +268,17 @@ def test_table(tmp_path, monkeypatch):
     monkeypatch.setattr(o2, "EQUAL", 20)
     row = common.plain(o2.row(WEIGHTS / "gan-zp.eqx", tmp_path))
     assert row["label"] == "gan" and row["equal"] == 1 and row["rows"] == {"seen": 140} and row["ms"] > 0
+
+
+def test_sums_over_events(monkeypatch):
+    """The light of the particles of an event adds up; the simulator twice is its own oracle."""
+    monkeypatch.setattr(events, "EVENTS", 30)
+    particles, pdg = events.random_particles("zp", 300)
+    responses = np.arange(300, dtype=np.uint16)[:, None, None] * np.ones((1, 4, 4), np.uint16)
+    total = events.sums(lambda rows, start: responses[start:start + len(rows)], particles)
+    assert total.shape == (30, 5)
+    np.testing.assert_array_equal(total.sum(1), 16 * np.arange(300).reshape(30, 10).sum(1))
+    with_hits, every = common.plain(list(events.rows("zp", ["gan"])))
+    assert [with_hits["label"], every["label"]] == ["gan", "gan, --all-hit"]
+    assert every["seen"]["MAE"]["value"] > with_hits["seen"]["MAE"]["value"] > 0
+    assert every["seen"]["MAE"]["oracle"] == with_hits["seen"]["MAE"]["oracle"] > 0
