@@ -192,6 +192,12 @@ O2 = {"model": key("label"), "equal fibres, %": at("equal", ".5f", 100), "furthe
          for name in ("W", "MAE", "AUC_high", "lit %")},
       "ms": at("ms"), "99th percentile": at("ms_99"), "memory, MiB": at("memory_mib", ".0f"),
       "file, MB": at("megabytes", ".1f")}
+HITS = {"detector": key("detector"), "Brier score (oracle)": beside("Brier score", ".4f"),
+        "log score, nats (oracle)": beside("log score", ".4f"),
+        "pass, % (runs)": beside("passed", ".2f", "real", 100)}
+HITS |= {f"bin {k + 1}": lambda row, k=k: "{:.3f} ({:.3f})".format(*row["reliability"][k]) for k in range(10)}
+EVENTS = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
+          "MAE (oracle)": beside("seen.MAE"), "light, % of the simulator's": at("seen.light", ".1f", 100)}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
 STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
             "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}
@@ -331,6 +337,8 @@ TABLES = {
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
     "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
     "o2": lambda root: tabled(root, "o2", columns=O2),
+    "hits": lambda root: markdown(HITS, load(root, "weights", ["hit"])),
+    "events": lambda root: tabled(root, "events", columns=EVENTS),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
     "learning": lambda root: tabled(root, "learning", columns=LEARNING, rows=lambda result: tables.learning(
         result["rows"], result["detector"].lower(), root)),
