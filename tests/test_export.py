@@ -249,7 +249,7 @@ def test_a_generator_gives_light_only_where_the_classifier_says_so(hits):
     assert lit.mean() == pytest.approx(passing.mean(), abs=0.08)
 
 
-# ---------------------------------------------------------------------------------------------- command, table
+# -------------------------------------------------------------------------------------------- command, table
 
 def test_without_the_extra(tmp_path):
     (tmp_path / "onnx.py").write_text("raise ModuleNotFoundError('no', name='onnx')")
