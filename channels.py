@@ -37,8 +37,8 @@ PUBLISHED = {   # W for ZN and ZP [FM, Table 6]; there the flow draws whole resp
 
 def parse(argv):
     """The resolved flags. --cond is for flow and lookup: regressions see the nine features, as in [FM]."""
-    names = ("detector", "data", "n", "split", "cond", "epochs", "batch_size", "lr", "seed", "steps", "quiet",
-             "run")
+    names = ("detector", "data", "axes", "n", "split", "cond", "epochs", "batch_size", "lr", "seed", "steps",
+             "quiet", "run")
     parser = common.parser(__doc__, "channels", names, n=60_000, epochs=30, batch_size=512, lr=5e-3, steps=25)
     return parser.parse_args(argv)
 

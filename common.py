@@ -90,6 +90,8 @@ FLAGS = {
     "detector": dict(choices=("zn", "zp"), default="zn", help="neutron (zn) or proton (zp) calorimeter"),
     "data": dict(type=Path, metavar="PATH",
                  help="HDF5 file, or folder with the papers' npz pair, to train on instead of the open data"),
+    "axes": dict(choices="xy xY Xy XY yx yX Yx YX".split(), metavar="AXES",
+                 help="how fibres of --data count, capitals against an axis (default: see orientation.py)"),
     "n": dict(type=number(int, 1, 10**9), metavar="ROWS", help="rows of the open data set"),
     "split": dict(choices=("rows", "particles"), default="rows",
                   help="split 70:10:20 into train, validation and test by rows, or by whole particles"),
@@ -115,8 +117,7 @@ FLAGS = {
                       help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
     "quiet": dict(action="store_true", help="show no progress bars"),
-    "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)"),
-}
+    "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)")}
 TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "clip", "ema", "precision"
 
 

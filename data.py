@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import common
+import orientation
 import simulator
 from common import UserError
 from simulator import CUT, DETECTORS, FEATURES, ROWS, VERSION
@@ -110,7 +111,7 @@ def load(path, name):
     or either file). UserError for what is missing, damaged, of another detector, or out of range."""
     path = Path(path)
     npz = path.is_dir() or path.suffix == ".npz"
-    responses, particles, pdg = _read_npz(path) if npz else _read_hdf5(path, name)
+    responses, particles, pdg = _read_npz(path) if npz else read_hdf5(path, name)
     if responses.ndim != 3 or responses.shape[1:] != DETECTORS[name].shape:
         expected = "(N, {}, {})".format(*DETECTORS[name].shape)
         raise UserError(f"{path}: {name} responses must have the shape {expected}, not {responses.shape}")
@@ -119,7 +120,7 @@ def load(path, name):
     return Dataset(_check_counts(path, responses), check_particles(path, particles), pdg)
 
 
-def _read_hdf5(path, name=None, needed=("responses", "particles")):
+def read_hdf5(path, name=None, needed=("responses", "particles")):
     """The `needed` arrays of a file and its PDG ids. UserError if it is not of detector `name`."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -136,7 +137,7 @@ def _read_hdf5(path, name=None, needed=("responses", "particles")):
         raise UserError(f"{path}: expected the HDF5 data sets {', '.join(needed)}; {missing[0]} is missing")
     if name and made_for != name:
         raise UserError(f"{path}: holds {made_for} data, not {name}; see --detector")
-    return *(arrays[key] for key in needed), _check_pdg(path, arrays.get("pdg"), arrays["particles"])
+    return *(arrays[key] for key in needed), check_pdg(path, arrays.get("pdg"), arrays["particles"])
 
 
 def _read_npz(path):
@@ -144,18 +145,18 @@ def _read_npz(path):
     data_nonrandom_particles.npz (N, 10), each under the key arr_0."""
     folder = path if path.is_dir() else path.parent
     files = (folder / f"data_nonrandom_{kind}.npz" for kind in ("responses", "particles"))
-    responses, table = map(_npz_array, files)
-    return responses, *_split_table(folder, table)
+    responses, table = map(npz_array, files)
+    return responses, *split_table(folder, table)
 
 
-def _split_table(path, table):
+def split_table(path, table):
     """Features (N, 9) and PDG ids (N,) of a table of 9 or 10 columns."""
     if table.ndim != 2 or table.shape[1] not in (9, 10):
         raise UserError(f"{path}: expected 9 features and a PDG id, shape (N, 10), not {table.shape}")
-    return table[:, :9], _check_pdg(path, table[:, 9] if table.shape[1] == 10 else None, table)
+    return table[:, :9], check_pdg(path, table[:, 9] if table.shape[1] == 10 else None, table)
 
 
-def _npz_array(path):
+def npz_array(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; the papers' folder holds data_nonrandom_responses.npz and "
                         "data_nonrandom_particles.npz")
@@ -166,7 +167,7 @@ def _npz_array(path):
         raise UserError(f"{path}: expected an npz file with a plain array under the key arr_0") from None
 
 
-def _check_pdg(path, pdg, particles):
+def check_pdg(path, pdg, particles):
     """PDG ids int32 (N,) of particles (N, ...); 0 where `pdg` is None."""
     pdg = np.zeros(particles.shape[:1]) if pdg is None else pdg
     numbers = pdg.shape == particles.shape[:1] and pdg.dtype.kind in "iuf"
@@ -218,40 +219,6 @@ def check_particles(path, particles):
     return particles.astype(np.float32)
 
 
-def read_particles(path):
-    """A particle list to generate for: particles float32 (N, 9) and pdg int32 (N,), 0 where not known.
-    HDF5 (`particles`, optional `pdg`), npz (N, 9 or 10, key arr_0) or CSV with a header; else UserError."""
-    path = Path(path)
-    if path.suffix == ".csv":
-        particles, pdg = _read_csv(path)
-    elif path.suffix == ".npz":
-        particles, pdg = _split_table(path, _npz_array(path))
-    else:
-        particles, pdg = _read_hdf5(path, needed=("particles",))
-    return check_particles(path, particles), pdg
-
-
-def _read_csv(path):
-    """Columns in any order, named as FEATURES, and optionally pdg."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    header, lines = [name.strip() for name in header.split(",")], [line for line in lines if line.strip()]
-    if missing := [name for name in FEATURES if name not in header]:
-        raise UserError(f"{path}: the first line must name the columns {', '.join(FEATURES)}; "
-                        f"missing {', '.join(missing)}")
-    if not lines:
-        raise UserError(f"{path}: no particles")
-    try:
-        table = np.loadtxt(lines, delimiter=",", ndmin=2)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    if table.shape[1] != len(header):
-        raise UserError(f"{path}: {len(header)} names in the header but {table.shape[1]} columns")
-    columns = dict(zip(header, table.T))
-    return np.stack([columns[name] for name in FEATURES], axis=1), _check_pdg(path, columns.get("pdg"), table)
-
-
 # -------------------------------------------------------------------------------------- splits and conditions
 
 def split_rows(n, seed):
@@ -289,7 +256,22 @@ def open_split(args):
              else split_rows(len(dataset.pdg), seed))
     if "load" in args and not args.load and not 2 <= args.batch_size <= len(split.train):
         raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split.train)} (training rows)")
-    return dataset, split
+    return turned(args, dataset, split.train) if args.data else dataset, split
+
+
+def turned(args, dataset, rows):
+    """A Dataset on the axes of the open data: those in the header of a checkpoint, else, kept there, those of
+    --axes or what the training `rows` show."""
+    if "axes" not in args.header:
+        few = select(dataset, rows[:orientation.SOUGHT])
+        places = np.sinh(_features(few.particles, "physics")[:, -3:]) * PLACE_CM
+        own, column = (few.particles[:, 8] == 0, 0) if args.detector == "zn" else (few.particles[:, 8] > 0, 2)
+        points, responses = places[own][:, [column, 1]], few.responses[own]
+        axes, sentence = orientation.find(points, responses, DETECTORS[args.detector], args.axes)
+        args.header["axes"] = axes._asdict()
+        print(sentence)
+    axes = orientation.Axes(**args.header["axes"])
+    return dataset._replace(responses=axes.read(dataset.responses), particles=axes.move(dataset.particles))
 
 
 def test_sets(args, dataset, split):

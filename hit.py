@@ -34,7 +34,7 @@ BINS = 10                  # of the reliability curve
 
 def parse(argv):
     """The resolved flags of the command line."""
-    names = "detector", "data", "n", "epochs", "batch_size", "lr", "seed", "resume", "quiet", "run"
+    names = "detector", "data", "axes", "n", "epochs", "batch_size", "lr", "seed", "resume", "quiet", "run"
     parser = common.parser(__doc__, "hit", names, n=500_000, epochs=10, batch_size=1024, lr=3e-3)
     return parser.parse_args(argv)
 
@@ -62,10 +62,11 @@ def complete_list(args):
     """The same of the training rows of --data, and (particles, sums) of its test rows. UserError without
     runs that miss."""
     dataset = data.load(args.data, args.detector)
+    split = data.split_rows(len(dataset.pdg), args.seed)
+    dataset = data.turned(args, dataset, split.train)
     sums = np.minimum(dataset.responses.sum((1, 2)), CUT)
     if (sums == CUT).all():
         raise UserError(f"{args.data}: no response has less than {CUT} photons, expected all runs of a list")
-    split = data.split_rows(len(sums), args.seed)
     faint = dataset.responses[split.train][sums[split.train] < CUT].sum(0)
     parts = [(dataset.particles[rows], sums[rows]) for rows in (split.train, split.test)]
     return *parts[0], faint, parts[1]

@@ -22,8 +22,8 @@ import numpy as np
 
 import common
 import data
-import hit
 import judge
+import lists
 import plots
 import simulator
 
@@ -747,9 +747,8 @@ def generate_file(args, draw, scaler):
     """--generate: write responses of a particle list and their five channels, the whole file or none."""
     if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
         raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
-    particles, pdg = data.read_particles(args.generate)
-    generate, chunk = generator(draw, scaler, args.seed), 32 * common.BLOCK
-    generate = generate if args.all_hit else hit.with_misses(generate, args.hit, args.detector, args.seed)
+    particles, pdg = lists.read_particles(args.generate)
+    generate, chunk = lists.aimed(generator(draw, scaler, args.seed), args), 32 * common.BLOCK
 
     def blocks():
         for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import chisquare, logistic, poisson
 
 import data
+import lists
 import simulator
 import tiny
 from common import UserError
@@ -61,7 +62,7 @@ def test_fresh_data_share_no_particle(dataset):
 def test_hdf5_round_trip(dataset, tmp_path):
     tiny.save(tmp_path / "set.h5", dataset, detector="zn", seed=0)
     assert equal(data.load(tmp_path / "set.h5", "zn"), dataset)
-    assert equal(data.read_particles(tmp_path / "set.h5"), dataset[1:])
+    assert equal(lists.read_particles(tmp_path / "set.h5"), dataset[1:])
     with h5py.File(tmp_path / "set.h5") as file:
         assert dict(file.attrs) == {"detector": "zn", "seed": 0}
         assert {file[name].compression for name in file} == {"gzip"}
@@ -78,7 +79,7 @@ def test_npz_pair(dataset, tmp_path):
     npz_pair(tmp_path / "alice", dataset.responses.astype(np.float32), table)
     paths = [tmp_path / "alice", *(tmp_path / "alice").iterdir()]
     assert len(paths) == 3 and all(equal(data.load(path, "zn"), dataset) for path in paths)
-    assert equal(data.read_particles(tmp_path / "alice" / "data_nonrandom_particles.npz"), dataset[1:])
+    assert equal(lists.read_particles(tmp_path / "alice" / "data_nonrandom_particles.npz"), dataset[1:])
     npz_pair(tmp_path / "nine", dataset.responses, table[:, :9])               # without the PDG ids
     assert not data.load(tmp_path / "nine", "zn").pdg.any()
 
@@ -88,10 +89,10 @@ def test_csv(dataset, tmp_path):
     table = np.column_stack([dataset.pdg, dataset.particles[:, ::-1]])
     header = " , ".join(names)
     np.savetxt(tmp_path / "list.csv", table, fmt="%.9g", delimiter=", ", header=header, comments="")
-    assert equal(data.read_particles(tmp_path / "list.csv"), dataset[1:])
+    assert equal(lists.read_particles(tmp_path / "list.csv"), dataset[1:])
     row = ",".join(f"{value:.9g}" for value in table[0, 1:])
     (tmp_path / "one.csv").write_text(",".join(names[1:]) + "\r\n" + row + "\r\n\r\n")
-    particles, pdg = data.read_particles(tmp_path / "one.csv")
+    particles, pdg = lists.read_particles(tmp_path / "one.csv")
     assert np.array_equal(particles, dataset.particles[:1]) and np.array_equal(pdg, [0])
 
 
@@ -238,12 +239,12 @@ def test_one_wrong_byte_is_an_error_or_harmless(dataset, tmp_path_factory, place
 def test_bad_csv(text, pattern, tmp_path):
     path = tmp_path / "list.csv"
     path.write_text(text)
-    assert_user_error(lambda: data.read_particles(path), path, pattern)
+    assert_user_error(lambda: lists.read_particles(path), path, pattern)
 
 
 @pytest.mark.parametrize("name", ["missing.h5", "missing.csv", "missing.npz", "missing"])
 def test_missing_files(name, tmp_path):
-    assert_user_error(lambda: data.read_particles(tmp_path / name), tmp_path / name, "no such file")
+    assert_user_error(lambda: lists.read_particles(tmp_path / name), tmp_path / name, "no such file")
     if not name.endswith("csv"):
         assert_user_error(lambda: data.load(tmp_path / name, "zn"), tmp_path, "no such file")
 
@@ -307,7 +308,7 @@ def test_data_of_a_script(split, own, dataset, tmp_path):
     """Test rows are seen particles in a split by rows; unseen ones are fresh, or a split by particles."""
     tiny.save(tmp_path / "own.h5", dataset)
     args = Namespace(detector="zn", data=tmp_path / "own.h5" if own else None, n=300, quiet=True, load=None,
-                     split=split, batch_size=64, validate=False, header={"flags": {"seed": 0}})
+                     split=split, batch_size=64, validate=False, axes=None, header={"flags": {"seed": 0}})
     found, parts = data.open_split(args)
     assert equal(found, dataset) and sum(map(len, parts)) == 300
     expected = data.split_rows(300, 0) if split == "rows" else data.split_particles(dataset.particles, 0)
