@@ -2,7 +2,7 @@
 
 An encoder E shrinks a response x to a latent z of a few numbers, a decoder D makes a response of it. There
 are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)):
-    vae             L = R + beta KL(q(z | x) || p(z | c))                     z ~ p(z | c), see Prior
+    vae             L = R + beta KL(q(z | x, c) || p(z | c))                  z ~ p(z | c), see Prior
     supervised      L = R + beta |E(x) - c|^2                      (Eq. 1)    z = c
     noise-l2        L = R + beta |G(c, e) - E(x)|^2                           z = G(c, e), e ~ N(0, 1)
     noise-sinkhorn  L = R + beta S((G(c, e), c), (E(x), c))        (Eq. 2)    z = G(c, e), e ~ N(0, 1)
@@ -67,24 +67,24 @@ def parse(argv):
 
 def elbo(net, counts, c, noise, likelihood):
     """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre:
-    -log p(x | z) + KL(q(z | x) || p(z | c)), both by one z."""
-    mean, log_std = jnp.split(net.encoder(jnp.log1p(counts)), 2)
+    -log p(x | z) + KL(q(z | x, c) || p(z | c)), both by one z."""
+    mean, log_std = jnp.split(net.encode(jnp.log1p(counts), c), 2)
     log_std = jnp.clip(log_std, -8, 4)
-    z = mean + jnp.exp(log_std) * noise                                        # z ~ q(z | x)
+    z = mean + jnp.exp(log_std) * noise                                        # z ~ q(z | x, c)
     divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, net.embed(c))
     return reconstruction_loss(net, z, counts, c, likelihood), divergence / counts.size
 
 
 def supervised_loss(net, counts, c, noise, likelihood):
     """The latent learns to be the particle itself; `noise` is empty."""
-    z = net.encoder(jnp.log1p(counts))
+    z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((z - c)**2)                                            # [Comparison, Eq. 1]
     return reconstruction_loss(net, z, counts, c, likelihood), distance
 
 
 def noise_l2_loss(net, counts, c, noise, likelihood):
     """A generator learns the latent of a particle, at best its mean: the target is the same for all noise."""
-    z = net.encoder(jnp.log1p(counts))
+    z = net.encode(jnp.log1p(counts), c)
     distance = jnp.mean((net.generate(c, noise) - z)**2)
     return reconstruction_loss(net, z, counts, c, likelihood), distance
 
@@ -92,7 +92,7 @@ def noise_l2_loss(net, counts, c, noise, likelihood):
 def noise_sinkhorn_loss(net, counts, c, noise, likelihood):
     """A generator learns the distribution of latents, which takes a whole batch to compare: counts (B, H, W),
     c (B, C), noise (B, NOISE)."""
-    z, made = jax.vmap(net.encoder)(jnp.log1p(counts)), jax.vmap(net.generate)(c, noise)
+    z, made = jax.vmap(net.encode)(jnp.log1p(counts), c), jax.vmap(net.generate)(c, noise)
     # beside the particle: the latents of each particle are to agree, not only those of all together
     distance = sinkhorn(jnp.hstack([made, c]), jnp.hstack([z, c])) / z.shape[1]    # [Comparison, Eq. 2]
     return jax.vmap(partial(reconstruction_loss, net, likelihood=likelihood))(z, counts, c), distance
@@ -277,7 +277,7 @@ def make_layers(arch, grid, key):
 
 
 class Encoder(eqx.Module):
-    """Log response x (H, W) -> (outputs,)."""
+    """Log response x (H, W) and an embedding of the particle, or nothing, (K,) -> (outputs,)."""
     patches: Linear
     position: jax.Array
     layers: list
@@ -285,20 +285,20 @@ class Encoder(eqx.Module):
     grid: tuple = eqx.field(static=True)
     size: int = eqx.field(static=True)
 
-    def __init__(self, arch, shape, outputs, key):
+    def __init__(self, arch, shape, embedding, outputs, key):
         keys = jax.random.split(key, 4)
         self.size, self.grid = PATCH[arch], data.patch_grid(shape, PATCH[arch])
         self.patches = Linear(self.size**2, WIDTH[arch], keys[0])
         self.position = 0.1 * jax.random.normal(keys[1], (math.prod(self.grid), WIDTH[arch]))
         self.layers, coarse = make_layers(arch, self.grid, keys[2])
-        self.out = Linear(math.prod(coarse), outputs, keys[3])
+        self.out = Linear(math.prod(coarse) + embedding, outputs, keys[3])
 
-    def __call__(self, x):
+    def __call__(self, x, embedding):
         h = self.patches(data.to_patches(x, self.size)) + self.position        # (P, C)
         h = h.reshape(*self.grid, -1)                                          # (h, w, C)
         for layer in self.layers:
             h = layer(h)
-        return self.out(normalise(h).ravel()).astype(jnp.float32)
+        return self.out(jnp.concatenate([normalise(h).ravel(), embedding])).astype(jnp.float32)
 
 
 class Decoder(eqx.Module):
@@ -377,22 +377,10 @@ class Prior(eqx.Module):
         return z
 
 
-# same as latent_fm.py: brightness_features
-def brightness_features(c, detector):
-    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
-    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
-    from one about another."""
-    few = c[7:] if len(c) == data.CONDITIONS["physics"] else c
-    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
-    falls = data.vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
-
-
 class Autoencoder(eqx.Module):
-    """Encoder, decoder and what else a variant has. The decoder of "vae" sees the latent and, near the impact
-    points, the patch; what else the particle says is the prior's, which then has to learn it. That of
-    "supervised" takes its latent for the particle, that of a noise generator sees its latent alone."""
+    """Encoder, decoder and what else a variant has. Both of "vae" are conditioned on the particle c, the
+    decoder of "supervised" takes its latent for the particle, that of a noise generator sees its latent
+    alone."""
     encoder: Encoder
     decoder: Decoder
     embedding: MLP | None
@@ -409,31 +397,36 @@ class Autoencoder(eqx.Module):
         self.detector, self.variant = detector, variant
         self.latent = conditions if variant == "supervised" else latent
         self.noise = latent if vae else NOISE if noisy else 0                  # numbers into a new latent
-        features = len(brightness_features(jnp.zeros(conditions), detector))
+        features = data.features(conditions)
         self.embedding = None if noisy else MLP(keys[0], features, width, width, width)
         self.generator = MLP(keys[1], features + NOISE, width, width, latent) if noisy else None
+        seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, width, keys[4]) if vae else None
-        self.encoder = Encoder(arch, detector.shape, 2 * latent if vae else self.latent, keys[2])
-        code = width if variant == "supervised" else latent
+        self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
+        code = latent + width if vae else latent if noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
     def embed(self, c):
-        return self.embedding(brightness_features(c, self.detector))
+        return self.embedding(data.with_sinusoids(c))
+
+    def encode(self, x, c):
+        """(L,), for "vae" mean and log of the standard deviation (2 L,)."""
+        return self.encoder(x, self.embed(c) if self.variant == "vae" else c[:0])
 
     def generate(self, c, noise):
         """A latent (L,) of the noise generator."""
-        features = brightness_features(c, self.detector)
-        return self.generator(jnp.concatenate([features, noise])).astype(jnp.float32)
+        return self.generator(jnp.concatenate([data.with_sinusoids(c), noise])).astype(jnp.float32)
 
     def decode(self, z, c):
         """What the decoder makes of a latent z (L,) of a particle c (C,)."""
-        code = z
-        if self.variant == "supervised":
+        if self.variant == "vae":
+            code = jnp.concatenate([z, self.embed(c)])
+        elif self.variant == "supervised":
             c = jnp.clip(z, -10, 10)                                           # as data.conditions
             code = self.embed(c)
-        elif self.variant != "vae":
-            c = c[:0]
+        else:
+            c, code = c[:0], z
         return self.decoder(code, data.near_impact(c, self.detector, self.decoder.size))
 
 

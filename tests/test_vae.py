@@ -59,7 +59,7 @@ class OneFibre:
     """Latent z ~ N(0, 1), photons from a Poisson distribution of the rate exp(z), any normal q(z | x)."""
     mean, std, prior = 0.3, 0.6, NormalPrior
     embed = staticmethod(lambda c: c)
-    encoder = staticmethod(lambda x: jnp.log(jnp.array([math.exp(0.3), 0.6])))
+    encode = staticmethod(lambda x, c: jnp.log(jnp.array([math.exp(0.3), 0.6])))
     decode = staticmethod(lambda z, c: z.reshape(1, 1))
 
 
@@ -80,7 +80,7 @@ def test_elbo_misses_the_likelihood_by_the_divergence_from_the_posterior():
 class ThreeLatents:
     """Encoder and generator whose latents are known."""
     prior, embed = NormalPrior, staticmethod(lambda c: c)
-    encoder = staticmethod(lambda x: jnp.array([3.0, 6.0]))
+    encode = staticmethod(lambda x, c: 3 * c)
     generate = staticmethod(lambda c, noise: c + noise)
     decode = staticmethod(lambda z, c: jnp.zeros((2, 2)))
 
@@ -95,12 +95,12 @@ def test_latents_of_eq_1_and_of_the_noise_generator():
 
 def test_sinkhorn_generator_matches_the_latents_of_each_particle():
     """Right latents of the wrong particles are wrong, the order within a particle does not matter."""
-    c, spread = jnp.repeat(jnp.array([[-1.0], [1.0]]), 20, axis=0), jnp.linspace(-1, 1, 20)[:, None]
+    counts, c = jnp.ones((40, 2, 2)), jnp.repeat(jnp.array([[-1.0], [1.0]]), 20, axis=0)
+    spread = jnp.linspace(-1, 1, 20)[:, None]
 
     class Net(ThreeLatents):
-        encoder = staticmethod(lambda x: x.sum()[None] - 8)
-    latents = 3 * c + jnp.tile(spread, (2, 1))                                 # (40, 1)
-    counts = jnp.expm1((8 + latents[..., None]) / 4 * jnp.ones((2, 2)))
+        encode = staticmethod(lambda x, c: 3 * c + x.sum() - 4 * math.log(2))
+    counts = jnp.expm1(math.log(2) + jnp.tile(spread, (2, 1))[:, :, None] / 4 * jnp.ones((2, 2)))
     distance = lambda noise: vae.noise_sinkhorn_loss(Net, counts, c, noise, "mse")[1]
     offsets = jnp.tile(spread[::-1], (2, 1))
     assert distance(2 * c + offsets) == pytest.approx(0, abs=1e-3)
@@ -306,18 +306,18 @@ def test_shapes(arch, variant, detector):
 
 
 @pytest.mark.parametrize("variant", vae.LOSSES)
-def test_what_the_decoder_sees_of_the_particle(variant, small_detectors):
+def test_what_encoder_and_decoder_see_of_the_particle(variant, small_detectors):
     """The particle only where the variant says so; a noise generator depends on particle and noise."""
     net = filled_network("mixer", variant)
 
     @jax.jit
     def outputs(c, noise):
         made = net.generate(c, noise) if variant.startswith("noise") else c + noise.sum()
-        return net.decode(jnp.zeros(net.latent), c), made
+        return net.encode(jnp.zeros((12, 12)), c), net.decode(jnp.zeros(net.latent), c), made
     before = outputs(jnp.zeros(14), jnp.zeros(vae.NOISE))
     changed = [not np.array_equal(a, b) for a, b in zip(before, outputs(jnp.ones(14), jnp.zeros(vae.NOISE)))]
-    assert changed == [variant == "vae", True]
-    assert not np.array_equal(before[1], outputs(jnp.zeros(14), jnp.ones(vae.NOISE))[1])
+    assert changed == [variant == "vae", variant == "vae", True]
+    assert not np.array_equal(before[2], outputs(jnp.zeros(14), jnp.ones(vae.NOISE))[2])
 
 
 @pytest.mark.parametrize("arch, variant, likelihood", [
