@@ -100,7 +100,6 @@ FLAGS = {
     "epochs": dict(type=number(int, 1, 10**6), default=10, metavar="N", help="passes over the training rows"),
     "batch_size": dict(type=number(int, 1, 10**7), default=256, metavar="N", help="rows per training step"),
     "lr": dict(type=number(float, 0, 1), default=1e-3, metavar="RATE", help="peak learning rate"),
-    "clip": dict(type=number(float, 0), default=1.0, metavar="NORM", help="largest norm of a gradient"),
     "ema": dict(type=number(float, 0, 0.99999), default=0.999, metavar="DECAY",
                 help="decay per step of the moving average of the weights"),
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers"),
@@ -112,13 +111,15 @@ FLAGS = {
     "hit": dict(type=Path, metavar="FILE", default=lambda args: WEIGHTS / f"hit-{args.detector}.eqx",
                 help="network of hit.py by which --generate draws who gives light (default: of weights/)"),
     "all_hit": dict(action="store_true", help="let --generate give light to every particle of the list"),
+    "rows": dict(metavar="A:B", help="let --generate draw rows A to B - 1 of the list, as they are in the "
+                 "whole; least work where A and B are multiples of 8192"),
     "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
     "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)")}
-TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "clip", "ema", "precision"
+TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "ema", "precision"
 
 
 class Parser(argparse.ArgumentParser):
@@ -187,7 +188,6 @@ class Plan(NamedTuple):
     epochs: int
     batch_size: int
     lr: float
-    clip: float = 1.0
     ema: float = 0.999
     precision: str = "f32"
     seed: int = 0
@@ -519,7 +519,7 @@ def adamw(plan, steps, **options):
     """AdamW with clipped gradients and a learning rate that ends near 0 after `steps` steps."""
     schedule = optax.cosine_onecycle_schedule(steps, plan.lr, 0.1, 10, 100)
     options = {"b2": 0.99, "weight_decay": 1e-4} | options
-    return optax.chain(optax.clip_by_global_norm(plan.clip), optax.adamw(schedule, **options))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **options))
 
 
 def shuffled(rows, size, rng):

@@ -288,7 +288,7 @@ def spreads(responses, particles, rows):
 
 def warm_start(generator, arrays, rows, plan, how, steps):
     """The generator before the training: fitted to the counts by `steps` of Adam, whatever the noise."""
-    optimiser = optax.chain(optax.clip_by_global_norm(plan.clip), optax.adam(1e-3))
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     state = optimiser.init(eqx.filter(generator, eqx.is_inexact_array))
     rng = np.random.default_rng(plan.seed)
 

@@ -1,8 +1,19 @@
-"""Lists of particles to generate for: HDF5, npz and CSV; their axes, and who of them gives light."""
+"""Lists of particles and the jobs that draw their responses.
+
+    python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5    one of several jobs
+    python lists.py part-*.h5 --out whole.h5                                 the file of one job, bit for bit
+
+A list is HDF5, npz or CSV. Its responses are drawn in chunks of 8192 rows, each with its own key, whatever
+rows a job asks for.
+"""
+import resource
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 
+import common
 import data
 import hit
 import orientation
@@ -16,6 +27,38 @@ def aimed(generate, args):
     axes = orientation.Axes(**args.header.get("axes", {"word": args.axes or "xy"}))
     some = generate if args.all_hit else hit.with_misses(generate, args.hit, args.detector, args.seed)
     return lambda particles, number: axes.write(some(axes.move(particles), number))
+
+
+def part(text, total):
+    """First row and the one after the last of --rows, "A:B" or None for all of `total` rows. UserError."""
+    first, colon, last = (text or f"0:{total}").partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= total):
+        raise UserError(f"--rows {text}: expected A:B with 0 <= A < B <= {total} (rows of the list)")
+    return int(first), int(last)
+
+
+def write(args, generate, channels):
+    """--generate: write responses of a list, those of --rows, and their channels(responses); all or none."""
+    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
+        raise UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
+    particles, pdg = read_particles(args.generate)
+    first, last = part(args.rows, len(particles))
+    generate, chunk, began = aimed(generate, args), 32 * common.BLOCK, time.perf_counter()
+
+    def blocks():
+        for start in common.progress(range(first - first % chunk, last, chunk), "generating", args.quiet):
+            whole, kept = slice(start, start + chunk), slice(max(first - start, 0), last - start)
+            responses = generate(particles[whole], start)[kept]                # the same for all --rows
+            yield {"responses": responses, "particles": particles[whole][kept], "pdg": pdg[whole][kept],
+                   "channels": channels(responses)}
+
+    data.save_blocks(args.out, last - first, blocks(), detector=args.detector, script=args.script,
+                     seed=args.seed, checkpoint=str(args.load), hit="" if args.all_hit else str(args.hit),
+                     rows=(first, last, len(particles)))
+    rate = (last - first) / (time.perf_counter() - began)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{last - first} responses -> {args.out}; {rate:.0f} per second, at most {memory:.0f} MiB in use")
+    return {"rows": last - first, "out": str(args.out)}
 
 
 def read_particles(path):
@@ -51,3 +94,52 @@ def _read_csv(path):
     columns = dict(zip(header, table.T))
     particles = np.stack([columns[name] for name in FEATURES], axis=1)
     return particles, data.check_pdg(path, columns.get("pdg"), table)
+
+
+def merge(paths, out):
+    """Join files that --generate --rows wrote for parts of one list. UserError unless they are all of it,
+    each row once, by the same model and flags. Returns the number of rows."""
+    attributes, files = {}, []
+    for path in paths:
+        try:
+            with h5py.File(path) as file:
+                attributes[path] = dict(file.attrs) | {"names": sorted(file)}
+                first, last, total = map(int, attributes[path].pop("rows"))
+        except (OSError, KeyError, ValueError, TypeError):
+            raise UserError(f"{path}: expected a file that --generate has written") from None
+        files.append((first, last, total, path))
+    files, end = sorted(files), 0
+    for first, last, total, path in files:
+        if attributes[path] != attributes[paths[0]] or total != files[0][2]:
+            raise UserError(f"{path}: made of another list, model or flags than {paths[0]}")
+        if first != end:
+            raise UserError(f"{path}: begins at row {first}, expected row {end} of {total}")
+        end = last
+    if end != total:
+        raise UserError(f"{path}: ends before row {end} of {total}, a part is missing")
+
+    def blocks():
+        for first, last, _, path in files:
+            with h5py.File(path) as file:
+                for start in range(0, last - first, 8192):
+                    yield {name: file[name][start:start + 8192] for name in file}
+
+    names = attributes[paths[0]].pop("names")
+    data.save_blocks(out, total, blocks(), **attributes[paths[0]], rows=(0, total, total))
+    return total
+
+
+def main(argv=None):
+    """Join the files of jobs. Returns {"rows", "out"}."""
+    parser = common.parser(__doc__, "lists", flags=())
+    parser.set_defaults(detector=None)                                         # that of the files
+    parser.add_argument("parts", type=Path, nargs="+", metavar="PART", help="files of the parts of one list")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write this HDF5 file")
+    args = parser.parse_args(argv)
+    rows = merge(args.parts, args.out)
+    print(f"{rows} responses -> {args.out}")
+    return {"rows": rows, "out": str(args.out)}
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -745,22 +745,7 @@ def plot(folder, test, generated):
 
 def generate_file(args, draw, scaler):
     """--generate: write responses of a particle list and their five channels, the whole file or none."""
-    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
-        raise common.UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
-    particles, pdg = lists.read_particles(args.generate)
-    generate, chunk = lists.aimed(generator(draw, scaler, args.seed), args), 32 * common.BLOCK
-
-    def blocks():
-        for start in common.progress(range(0, len(particles), chunk), "generating", args.quiet):
-            rows = slice(start, start + chunk)
-            responses = generate(particles[rows], start)
-            yield {"responses": responses, "particles": particles[rows], "pdg": pdg[rows],
-                   "channels": channels(responses)}
-
-    data.save_blocks(args.out, len(particles), blocks(), detector=args.detector, script=args.script,
-                     checkpoint=str(args.load), hit="" if args.all_hit else str(args.hit))
-    print(f"{len(particles)} responses -> {args.out}")
-    return {"rows": len(particles), "out": str(args.out)}
+    return lists.write(args, generator(draw, scaler, args.seed), channels)
 
 
 def main(argv=None):

@@ -177,7 +177,6 @@ CASES = {   # flags: what the line must name
     "--devices 64 --n 100": "--devices",
     "--exit 1": "--exit",
     "--ema 1": "--ema",
-    "--clip nan": "--clip",
     "--net unet": "--net",
     "--solver heun": "--solver",
     "--counts poisson": "--counts",
