@@ -1,6 +1,6 @@
 """Lists of particles and the jobs that draw their responses.
 
-    python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5    one of several jobs
+    python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5   one of several jobs
     python lists.py part-*.h5 --out whole.h5                                 the file of one job, bit for bit
 
 A list is HDF5, npz or CSV. Its responses are drawn in chunks of 8192 rows, each with its own key, whatever

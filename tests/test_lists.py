@@ -47,8 +47,8 @@ def job(tmp_path, monkeypatch):
     def write(rows=None, **flags):
         path = tmp_path / f"{rows or 'all'}{'-'.join(map(str, flags.values()))}.h5".replace(":", "-")
         given = dict(generate=tmp_path / "list.h5", load=tmp_path / "model.eqx", out=path, rows=rows,
-                     axes=None, hit=tmp_path / "hit.eqx", all_hit=False, detector="zn", script="fm", seed=0, quiet=True,
-                     header={}) | flags
+                     axes=None, hit=tmp_path / "hit.eqx", all_hit=False, detector="zn", script="fm", seed=0,
+                     quiet=True, header={}) | flags
         lists.write(SimpleNamespace(**given), draw, metrics.channels)
         return path
     return write
