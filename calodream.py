@@ -45,7 +45,7 @@ PATCHES = {"ds2": (3, 16, 3), "ds3": (3, 25, 6), "small": (2, 8, 5)}           #
 PUBLISHED = {"ds2": (3, 16, 1), "ds3": (3, 5, 2), "small": (2, 8, 1)}          # [CaloDREAM, Table 2]
 LATENT = {"ds2": (3, 1, 1), "ds3": (3, 2, 2), "small": (1, 1, 1)}              # of the published latent
 ROWS = {"ds2": 60_000, "ds3": 12_000, "small": 20_000}
-FIBRES = "detector", "cond", "split", "axes", "hit", "all_hit", "rows"        # flags of the other scripts
+FIBRES = "detector", "cond", "split", "axes", "hit", "all_hit", "rows", "min_eta", "events"
 SHARED = tuple(name for name in common.FLAGS if name not in FIBRES)
 
 

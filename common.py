@@ -1,8 +1,7 @@
 """The glue of all scripts: flags, files, checkpoints, log book, layers, optimiser, batches, timing, devices.
 
-No model, no loss and no training loop stands here. Whatever can go wrong for a user (a flag, a file, a full
-disk) ends in one line on stderr and exit code 2. A file is written under another name first, so that an old
-one is never lost.
+Whatever can go wrong for a user (a flag, a file, a full disk) ends in one line on stderr and exit code 2. A
+file is written under another name first, so that an old one is never lost.
 """
 import argparse
 import functools
@@ -111,9 +110,10 @@ FLAGS = {
     "hit": dict(type=Path, metavar="FILE", default=lambda args: WEIGHTS / f"hit-{args.detector}.eqx",
                 help="network of hit.py by which --generate draws who gives light (default: of weights/)"),
     "all_hit": dict(action="store_true", help="let --generate give light to every particle of the list"),
-    "rows": dict(metavar="A:B", help="let --generate draw rows A to B - 1 of the list, as they are in the "
-                 "whole; least work where A and B are multiples of 8192"),
-    "out": dict(type=Path, metavar="FILE", help="write this HDF5 file"),
+    "rows": dict(metavar="A:B", help="let --generate draw rows A to B - 1 alone, as in the whole (lists.py)"),
+    "min_eta": dict(type=number(float, 0), default=6.0, help="least |eta| of particles in HepMC files"),
+    "events": dict(type=Path, metavar="FILE", help="write sums over the events of --generate to this file"),
+    "out": dict(type=Path, metavar="FILE", help="write this HDF5 file, or ROOT if it ends in .root"),
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
@@ -298,9 +298,8 @@ def cut_log(folder, step=-1):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-# One JSON line, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No pickle, so a
-# checkpoint from a stranger can be loaded; a checksum in the JSON line finds every truncated, extended or
-# altered file.
+# One JSON line with a checksum, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No
+# pickle, so that a checkpoint from a stranger can be loaded.
 
 def cast(tree, dtype):
     """`tree` with its floating-point arrays in another number format."""

@@ -1,10 +1,10 @@
 """Lists of particles and the jobs that draw their responses.
 
-    python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5   one of several jobs
+    python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5  one job of some
     python lists.py part-*.h5 --out whole.h5                                 the file of one job, bit for bit
 
-A list is HDF5, npz or CSV. Its responses are drawn in chunks of 8192 rows, each with its own key, whatever
-rows a job asks for.
+A list is HDF5, npz, CSV or an event file (hep.py). Its responses are drawn in chunks of 8192 rows, each with
+its own key, whatever rows a job asks for.
 """
 import resource
 import time
@@ -15,6 +15,7 @@ import numpy as np
 
 import common
 import data
+import hep
 import hit
 import orientation
 from common import UserError
@@ -41,20 +42,29 @@ def write(args, generate, channels):
     """--generate: write responses of a list, those of --rows, and their channels(responses); all or none."""
     if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
         raise UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
-    particles, pdg = read_particles(args.generate)
+    columns = (hep.read(args.generate, args.min_eta) if hep.is_event_file(args.generate)
+               else dict(zip(("particles", "pdg"), read_particles(args.generate))))
+    particles, sums = columns["particles"], []
     first, last = part(args.rows, len(particles))
+    if args.events and ("event" not in columns or args.rows):
+        raise UserError("--events needs a whole event file, HepMC or ROOT, and no --rows")
     generate, chunk, began = aimed(generate, args), 32 * common.BLOCK, time.perf_counter()
 
     def blocks():
         for start in common.progress(range(first - first % chunk, last, chunk), "generating", args.quiet):
             whole, kept = slice(start, start + chunk), slice(max(first - start, 0), last - start)
             responses = generate(particles[whole], start)[kept]                # the same for all --rows
-            yield {"responses": responses, "particles": particles[whole][kept], "pdg": pdg[whole][kept],
-                   "channels": channels(responses)}
+            sums.append(channels(responses))
+            yield {"responses": responses, "channels": sums[-1]} | {
+                name: column[whole][kept] for name, column in columns.items()}
 
-    data.save_blocks(args.out, last - first, blocks(), detector=args.detector, script=args.script,
-                     seed=args.seed, checkpoint=str(args.load), hit="" if args.all_hit else str(args.hit),
-                     rows=(first, last, len(particles)))
+    about = dict(detector=args.detector, script=args.script, seed=args.seed, checkpoint=str(args.load),
+                 hit="" if args.all_hit else str(args.hit))
+    save = hep.save_tree if args.out.suffix == ".root" else data.save_blocks
+    save(args.out, last - first, blocks(), **about, rows=(first, last, len(particles)))
+    if args.events:
+        found = hep.event_sums(columns["event"], particles, np.concatenate(sums))
+        data.save_blocks(args.events, len(found["event"]), [found], **about)
     rate = (last - first) / (time.perf_counter() - began)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{last - first} responses -> {args.out}; {rate:.0f} per second, at most {memory:.0f} MiB in use")

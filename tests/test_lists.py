@@ -48,7 +48,7 @@ def job(tmp_path, monkeypatch):
         path = tmp_path / f"{rows or 'all'}{'-'.join(map(str, flags.values()))}.h5".replace(":", "-")
         given = dict(generate=tmp_path / "list.h5", load=tmp_path / "model.eqx", out=path, rows=rows,
                      axes=None, hit=tmp_path / "hit.eqx", all_hit=False, detector="zn", script="fm", seed=0,
-                     quiet=True, header={}) | flags
+                     quiet=True, events=None, header={}) | flags
         lists.write(SimpleNamespace(**given), draw, metrics.channels)
         return path
     return write
