@@ -29,6 +29,7 @@ import optax
 
 import calorimeter
 import common
+import files
 import metrics
 import papers
 import shower_metrics
@@ -45,7 +46,7 @@ PATCHES = {"ds2": (3, 16, 3), "ds3": (3, 25, 6), "small": (2, 8, 5)}           #
 PUBLISHED = {"ds2": (3, 16, 1), "ds3": (3, 5, 2), "small": (2, 8, 1)}          # [CaloDREAM, Table 2]
 LATENT = {"ds2": (3, 1, 1), "ds3": (3, 2, 2), "small": (1, 1, 1)}              # of the published latent
 ROWS = {"ds2": 60_000, "ds3": 12_000, "small": 20_000}
-FIBRES = "detector", "cond", "split", "axes", "hit", "all_hit", "rows", "min_eta", "events"
+FIBRES = "detector", "cond", "split", "axes", "hit", "all_hit", "rows", "min_eta", "events", "finetune"
 SHARED = tuple(name for name in common.FLAGS if name not in FIBRES)
 
 
@@ -606,7 +607,7 @@ def report(args, model, draw, solver, test, found):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024         # kB on Linux
     result |= {"scores": scores, "peak_memory_mb": memory}
     metrics.plot_logs(args.run)
-    common.write_json(args.run / "metrics.json", result)
+    files.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
 

@@ -20,6 +20,7 @@ import numpy as np
 
 import common
 import data
+import files
 from common import UserError
 
 VERSION = 1                # of the simulated bytes: raised whenever a number below that moves them is changed
@@ -84,7 +85,7 @@ def write_binning(path, calorimeter):
         ElementTree.SubElement(particle, "Layer", id=str(layer), r_edges=edges,
                                n_bin_alpha=str(calorimeter.shape[1]))
     ElementTree.indent(root)
-    with common.write_atomic(path) as temporary:
+    with files.write_atomic(path) as temporary:
         ElementTree.ElementTree(root).write(temporary)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 import common
 import data
+import files
 import metrics
 from common import UserError
 
@@ -303,7 +304,7 @@ def main(argv=None):
     result = {"script": "channels", "detector": args.detector, "command": args.command,
               "versions": common.versions(), "device": common.device_name(), "flags": args.header["flags"],
               "rows": rows, "models": models}
-    common.write_json(args.run / "metrics.json", result)
+    files.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/metrics.json")
     return result
 

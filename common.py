@@ -1,22 +1,18 @@
-"""The glue of all scripts: flags, files, checkpoints, log book, layers, optimiser, batches, timing, devices.
+"""The glue of all scripts: flags, checkpoints, log book, layers, optimiser, batches, timing, devices.
 
-Whatever can go wrong for a user (a flag, a file, a full disk) ends in one line on stderr and exit code 2. A
-file is written under another name first, so that an old one is never lost.
+Whatever can go wrong for a user (a flag, a file, a full disk) ends in one line on stderr and exit code 2.
 """
 import argparse
-import functools
-import glob
 import io
 import json
 import math
 import os
 import platform
-import secrets
 import shlex
 import sys
 import time
 import zlib
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +25,9 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import files
+from files import UserError
+
 VERSION = "0.2.0"
 FORMAT = "zdc-checkpoint-4"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -38,10 +37,6 @@ BATCHES = 1, 32, 256, 1024, 8192, 16384  # sizes to time where a response costs 
 
 
 # ----------------------------------------------------------------------------------------------------- errors
-
-class UserError(Exception):
-    """A mistake that the user can correct; the message names the file or flag and what was expected there."""
-
 
 def run(main):
     """Call `main()` as the command line does: a user's error becomes one line on stderr and exit code 2."""
@@ -104,6 +99,8 @@ FLAGS = {
     "seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of all random numbers"),
     "steps": dict(type=number(int, 1, 1000), default=11, metavar="N", help="steps of the sampler"),
     "load": dict(type=Path, metavar="FILE", help="score this checkpoint or generate with it; no training"),
+    "finetune": dict(type=Path, metavar="FILE",
+                     help="train on from this checkpoint, with its scaling of the conditions"),
     "resume": dict(action="store_true", help="continue the run in --run where it was cut off"),
     "validate": dict(action="store_true", help="score W and MAE on the validation rows, not the test rows"),
     "generate": dict(type=Path, metavar="FILE", help="generate responses of this particle list into --out"),
@@ -130,31 +127,33 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """The resolved flags, `command`, which is the whole line, and `header`: of a new checkpoint or, with
-        --load, of the loaded one, whose `own` flags and data are in force then. A default that is a dict is
-        resolved by the detector, a function with the other flags."""
+        --load, of the loaded one, whose `own` flags and data are in force then; with --finetune the flags of
+        its network. A default that is a dict is resolved by the detector, a function with the other flags."""
         words = sys.argv[1:] if args is None else args
         args, header = super().parse_args(args, namespace), None
         args.command = shlex.join(["python", f"{args.script}.py", *words])
         args.detector = args.detector(args) if callable(args.detector) else args.detector
         if "load" in args:
             self._check(args)
-            if args.load:
-                kept = [*self.own, *(name for name in ("cond", "n", "split") if name in args)]
-                header = read_model_header(args.load, args.script, args.detector, kept)
+            if begin := args.load or vars(args).get("finetune"):
+                names = ("cond", "n", "split") if args.load else ("cond",)
+                kept = [*self.own, *(name for name in names if name in args)]
+                header = read_model_header(begin, args.script, args.detector, kept)
                 vars(args).update({name: header["flags"][name] for name in kept})
         for name, value in sorted(vars(args).items(), key=lambda item: callable(item[1])):  # functions last
             value = value[args.detector] if isinstance(value, dict) else value
             setattr(args, name, value(args) if callable(value) else value)
         flags = {name: getattr(args, name) for name in (*self.own, *TRAINING) if name in args}
         flags["data"] = str(args.data) if getattr(args, "data", None) else None
-        args.header = header or {"script": args.script, "detector": args.detector, "flags": flags}
+        fresh = {"script": args.script, "detector": args.detector, "flags": flags}
+        args.header = header if getattr(args, "load", None) else fresh
         return args
 
     def _check(self, args):
         if args.generate and not (args.load and args.out):
             self.error(f"--generate needs --out and --load, such as weights/{args.script}-zn.eqx")
-        if args.load and args.resume:
-            self.error("--resume continues a training, it does not go with --load")
+        if args.load and (args.resume or vars(args).get("finetune")):
+            self.error("--resume and --finetune train, they do not go with --load")
         if args.batch_size % args.devices:
             self.error("--batch-size must be a multiple of --devices")
 
@@ -179,6 +178,11 @@ def parser(doc, script, flags=tuple(FLAGS), own=(), **defaults):
             options["help"] += f" (default: {default})"
         result.add_argument("--" + name.replace("_", "-"), **options)
     return result
+
+
+def first_network(args, make, plan):
+    """The network to train: of --finetune, else make(key)."""
+    return load_model(args.finetune, make) if args.finetune else make(plan.keys[0])
 
 
 class Plan(NamedTuple):
@@ -206,97 +210,6 @@ def plan(args):
     return Plan(*(getattr(args, name) for name in Plan._fields))
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-def first_host_only(write):
-    """Decorator of writers: all hosts of a run compute the same numbers, and the first one writes them."""
-    @functools.wraps(write)
-    def wrapped(*args, **kwargs):
-        if jax.process_index() == 0:
-            write(*args, **kwargs)
-    return wrapped
-
-
-@contextmanager
-def _writing(path):
-    try:
-        yield
-    except OSError as error:  # a full disk does not say which file it was
-        raise UserError(f"{path}: not written, {error}") from error
-
-
-@contextmanager
-def write_atomic(path):
-    """Yield a temporary path beside `path`, which replaces `path` if the block succeeds: a kill or a full
-    disk leaves the old file as it was. UserError if `path` is a folder or a device, and for every OSError."""
-    path = Path(path).resolve()  # through a link: its target is replaced, not the link
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: cannot be written, it is not a regular file")
-    name = ".{}.{}.part{}"  # the suffix stays: NumPy and matplotlib look at it
-    temporary = path.with_name(name.format(path.stem, secrets.token_hex(4), path.suffix))
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(name.format(glob.escape(path.stem), "*", path.suffix)):
-            with suppress(FileNotFoundError):  # another process may clean up as well
-                if time.time() - stale.stat().st_mtime > 86400:  # left by a kill, a day ago
-                    stale.unlink()
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def plain(value):
-    """`value` as JSON can hold it: arrays as lists, paths as text, numbers that are not finite as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy and JAX, arrays and scalars
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-@first_host_only
-def write_json(path, value):
-    """Write `value` (see `plain`) as an indented JSON file, atomically."""
-    with write_atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-
-
-@first_host_only
-def log_line(folder, record):
-    """Append `record`, a dict with a "step", as one line to `folder`/log.jsonl."""
-    path = Path(folder, "log.jsonl")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-
-
-def read_log(folder):
-    """The records of `folder`/log.jsonl, [] if there is none, without a last line that a kill cut short."""
-    path = Path(folder, "log.jsonl")
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, expected a JSON object in each line") from error
-
-
-@first_host_only
-def cut_log(folder, step=-1):
-    """Drop the lines of the log past `step`, which a resumed run repeats; a fresh run drops all of them."""
-    kept = [record for record in read_log(folder) if record["step"] <= step]
-    with write_atomic(Path(folder, "log.jsonl")) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-
-
 # ------------------------------------------------------------------------------------------------ checkpoints
 # One JSON line with a checksum, then the leaves of a tree as NumPy arrays (equinox.tree_serialise_leaves). No
 # pickle, so that a checkpoint from a stranger can be loaded.
@@ -311,14 +224,14 @@ def lower(net, precision):
     return cast(net, jnp.bfloat16) if precision == "bf16" else net
 
 
-@first_host_only
+@files.first_host_only
 def save_checkpoint(path, header, tree):
     """Write `tree` (a model, or any tree of arrays and numbers) behind `header`, a dict (see `plain`)."""
     leaves = io.BytesIO()
     eqx.tree_serialise_leaves(leaves, jax.device_get(tree))
-    header = plain({"format": FORMAT} | header | {"versions": versions()})
+    header = files.plain({"format": FORMAT} | header | {"versions": versions()})
     line = json.dumps(header | {"crc32": _checksum(header, leaves.getvalue())}, allow_nan=False)
-    with write_atomic(path) as temporary:
+    with files.write_atomic(path) as temporary:
         temporary.write_bytes(line.encode() + b"\n" + leaves.getvalue())
 
 
@@ -416,12 +329,13 @@ class Logbook(AbstractContextManager):
         """The state to start from: `state` itself or, with --resume, the saved one, of the same shapes."""
         if self.plan.resume:
             found, state = load_checkpoint(self.path, state, self.header["script"], self.header["detector"])
-            here, saved = (plain(h["flags"] | {"rows of the data": h["rows"]}) for h in (self.header, found))
+            here, saved = (files.plain(header["flags"] | {"rows of the data": header["rows"]})
+                           for header in (self.header, found))
             if changed := [name for name in here if saved.get(name) != here[name]]:
                 raise UserError(f"{self.path}: --resume needs the flags of the first run; different: "
                                 f"{', '.join(changed)}")
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
-        cut_log(self.plan.run, self.step if self.plan.resume else -1)
+        files.cut_log(self.plan.run, self.step if self.plan.resume else -1)
         self.bar.update(self.step)
         self.began = self.saved = time.perf_counter()
         return state
@@ -436,14 +350,14 @@ class Logbook(AbstractContextManager):
         now = time.perf_counter()
         here = {"step": self.step, "seconds": self.before + now - self.began}
         check_finite(sum(losses.values()), self.step, self.checkpoint)
-        log_line(self.plan.run, here | losses)
+        files.log_line(self.plan.run, here | losses)
         if now - self.saved > 60 or self.step == self.steps:
             save_checkpoint(self.path, self.header | here, state)
             self.saved, self.checkpoint = now, self.path
 
     def end(self):
         """{"train_seconds": of all parts of the run, "step_seconds": median, None for a log of one line}."""
-        log = read_log(self.plan.run)
+        log = files.read_log(self.plan.run)
         per_step = [(after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
                     for before, after in zip(log, log[1:])]
         return {"train_seconds": self.before + time.perf_counter() - self.began,

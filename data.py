@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import common
+import files
 import orientation
 import simulator
 from common import UserError
@@ -72,7 +73,7 @@ def save_blocks(path, total, blocks, **attributes):
     """Stream `blocks`, dicts of arrays with `total` rows together, into one HDF5 file: whole or not at all.
     UserError if the disk is full or the file cannot be written."""
     filled = 0
-    with common.write_atomic(path) as temporary, _Sink(temporary, "w+") as sink:
+    with files.write_atomic(path) as temporary, _Sink(temporary, "w+") as sink:
         with h5py.File(sink, "w") as file:
             for block in blocks:
                 rows = len(next(iter(block.values())))
@@ -322,6 +323,13 @@ def fit_conditions(particles, mode):
     mean, std = values.mean(0), values.std(0)
     mean[11:], std[11:] = 0.0, 1.0
     return Scaler(mean, np.where(std > 0, std, 1.0), mode)             # a constant column stays 0
+
+
+def first_scaler(args, particles):
+    """The Scaler of --finetune, else of the training particles (N, 9)."""
+    if args.finetune:
+        return stored_scaler(common.read_header(args.finetune))
+    return fit_conditions(particles, args.cond)
 
 
 def conditions(particles, scaler, xp=np):

@@ -345,9 +345,9 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, scaler = common.plan(args), data.fit_conditions(dataset.particles[split.train], args.cond)
+        plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(make(plan.keys[0]), batch_loss, arrays, split.train, plan)
+        net, times = train(common.first_network(args, make, plan), batch_loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, steps=args.steps, solver=args.solver,
                                       eta=args.eta))

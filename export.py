@@ -28,6 +28,7 @@ import numpy as np
 
 import common
 import data
+import files
 import fm
 import gan
 import hit
@@ -249,7 +250,7 @@ def write(folder, models):
     contents = {f"{name}.onnx": model.SerializeToString() for name, model in models.items()}
     contents |= {f"{name}.txt": scales_text().encode() for name in models if name.endswith("-o2")}
     for name, content in contents.items():
-        with common.write_atomic(folder / name) as temporary:
+        with files.write_atomic(folder / name) as temporary:
             Path(temporary).write_bytes(content)
     return [folder / name for name in contents]
 

@@ -346,9 +346,9 @@ def main(argv=None):
         dataset, split = data.open_split(args)
     if not args.load:
         plan, loss = common.plan(args), partial(batch_loss, how=args.counts, end=end)
-        scaler = data.fit_conditions(dataset.particles[split.train], args.cond)
+        scaler = data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
+        net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end,
                                       steps=args.steps))

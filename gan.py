@@ -30,6 +30,7 @@ import optax
 
 import common
 import data
+import files
 import metrics
 from checkerboard import Checkerboard
 from common import MLP, Linear, normalise
@@ -46,7 +47,7 @@ FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
 def parse(argv):
     """The resolved flags of the command line."""
-    shared = tuple(name for name in common.FLAGS if name != "steps")           # one pass: no steps to choose
+    shared = tuple(name for name in common.FLAGS if name not in ("steps", "finetune"))
     own = "counts", "loss", *Weights._fields, "warm", "critic_lr", "post"
     weight = common.number(float, 0)
     parser = common.parser(__doc__, "gan", shared, own, n=60_000, epochs=10, lr=5e-4, batch_size=128)
@@ -263,7 +264,7 @@ def train(net, loss, arrays, rows, plan, critic_lr):
             state, losses = step((*batch, key, np.int32(book.step)), state)
             book.record(state, losses)
     times = book.end()
-    report_collapse(common.read_log(plan.run))
+    report_collapse(files.read_log(plan.run))
     return state.ema, times
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 import common
 import data
+import files
 from common import UserError
 from simulator import FEATURES
 
@@ -137,7 +138,7 @@ def save_tree(path, total, blocks, **attributes):
     """Stream `blocks` (see lists.write) into a tree `responses`, an entry for each response: its numbers, the
     five channels and the lit fibres as jagged arrays fibre_x, fibre_y and fibre_photons; all or nothing."""
     uproot, ak = imported("uproot"), imported("awkward")
-    with common.write_atomic(path) as temporary, uproot.recreate(temporary) as file:
+    with files.write_atomic(path) as temporary, uproot.recreate(temporary) as file:
         for block in blocks:
             rows, x, y = block["responses"].nonzero()
             lit = ak.zip({"x": x.astype(np.uint8), "y": y.astype(np.uint8),

@@ -22,6 +22,7 @@ import optax
 
 import common
 import data
+import files
 import simulator
 from common import MLP, UserError
 from simulator import CUT, DETECTORS, Detector
@@ -255,7 +256,7 @@ def main(argv=None):
               "versions": common.versions(), "device": common.device_name(),
               "rows": {"train": len(sums), "test": runs.size},
               "parameters": common.count_parameters(net.net), **times, **scores}
-    common.write_json(args.run / "metrics.json", result)
+    files.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
 

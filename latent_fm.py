@@ -41,7 +41,8 @@ from simulator import DETECTORS, Detector
 def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "latent", "beta", "flow_epochs"
-    parser = common.parser(__doc__, "latent_fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=7)
+    shared = tuple(name for name in common.FLAGS if name != "finetune")        # the encoder is not kept
+    parser = common.parser(__doc__, "latent_fm", shared, own, n=60_000, epochs=12, lr=2e-3, steps=7)
     parser.add_argument("--net", choices=("dense", "paper"), default="dense",
                         help="networks of both stages, ours or those of the paper (default: dense)")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both",

@@ -22,6 +22,7 @@ import numpy as np
 
 import common
 import data
+import files
 import judge
 import lists
 import plots
@@ -497,7 +498,7 @@ def cell(values, references, label, smallest=0.0):
     value, reference = (np.mean(part) if part else np.nan for part in (values, references))
     spread = np.std(values, ddof=1) if len(values) > 1 else None
     ratio = value / reference if label == "oracle" and reference > smallest else None
-    return common.plain({"value": value, "spread": spread, label: reference, "R": ratio})
+    return files.plain({"value": value, "spread": spread, label: reference, "R": ratio})
 
 
 def check_arrays(real, generations, oracle, particles, pdg):
@@ -558,7 +559,7 @@ def evaluate(real, generations, particles, pdg, oracle=None, classifier=True, se
         groups = [name for (section, name), aucs in found.items() if section == "groups" and aucs]
         result["groups"] = {name: scored("groups", name, np.inf) for name in groups}
         columns = {name: np.mean(losses) for (section, name), losses in found.items() if section == "columns"}
-        result["columns"] = common.plain(dict(sorted(columns.items(), key=lambda item: -item[1])))
+        result["columns"] = files.plain(dict(sorted(columns.items(), key=lambda item: -item[1])))
         result["classifier"] = {"AUC_high": judge.TREES, "AUC_low": judge.NETWORK, "trainings": TRAININGS}
     return result | {"rows": len(real), "particles": int(ids.max()) + 1, "generations": len(generations),
                      "convention": convention, "fpd_samples": list(fpd_sizes(len(real))),
@@ -658,7 +659,7 @@ def origin(args):
 def plot_logs(run):
     """Draw training.png beside each log in the folder `run` that holds a line: an early kill leaves none."""
     for log in run.rglob("log.jsonl"):
-        if records := common.read_log(log.parent):
+        if records := files.read_log(log.parent):
             plots.plot_training(log.with_name("training.png"), records)
 
 
@@ -680,7 +681,7 @@ def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **resul
     else:
         result |= score_model(args, generate, tests, f"{result['evaluations']} evaluations each")
     plot_logs(args.run)
-    common.write_json(args.run / "metrics.json", result)
+    files.write_json(args.run / "metrics.json", result)
     print(f"written: {args.run}/")
     return result
 
@@ -773,7 +774,7 @@ def main(argv=None):
     print_table(scores, f"{', '.join(args.generated)} against {args.real}", args.explain)
     if args.json:
         compared = {"real": args.real, "generated": args.generated, "detector": args.detector}
-        common.write_json(args.json, compared | {"versions": common.versions()} | scores)
+        files.write_json(args.json, compared | {"versions": common.versions()} | scores)
     return scores
 
 

@@ -1,7 +1,7 @@
 """The pictures: samples of responses and showers, histograms, the course of a training."""
 import numpy as np
 
-from common import first_host_only, write_atomic
+from files import first_host_only, write_atomic
 
 CHANNEL_NAMES = ("x < 0, y < 0", "x < 0, y > 0", "x > 0, y < 0", "x > 0, y > 0", "common")
 

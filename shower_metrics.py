@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 
 import common
+import files
 import plots
 from calorimeter import Showers, features as shower_features, ring_depths
 from judge import network_logits, rank_auc, standardise
@@ -127,7 +128,7 @@ def evaluate(real, made, calorimeter, oracle=None, cut=0.0, seed=0, challenge=Fa
         result[name]["error"] = found[f"{name}_error"][0]
     result["separation"] = {family: cell([value], [reference["separation"][family]], label)
                             for family, value in found["separation"].items()}
-    return common.plain(result | {
+    return files.plain(result | {
         "weights": found["weights"], "rows": rows, "cut": cut, "fpd_samples": fpd_sizes(rows),
         "kpd_samples": min(5000, rows), "classifier": settings})
 

@@ -444,10 +444,10 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, scaler = common.plan(args), data.fit_conditions(dataset.particles[split.train], args.cond)
+        plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         loss = partial(batch_loss, variant=args.variant, likelihood=args.likelihood, beta=args.beta)
-        net, times = train(make(plan.keys[0]), loss, arrays, split.train, plan)
+        net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, likelihood=args.likelihood))
     if args.generate:

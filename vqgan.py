@@ -47,7 +47,8 @@ AHEAD = 48                              # tokens that the masked prior learns to
 def parse(argv):
     """The resolved flags of the command line."""
     own = "variant", "tokens", "counts", "particle", "prior", "prior_epochs", "prior_batch"
-    parser = common.parser(__doc__, "vqgan", own=own, n=60_000, epochs=6, lr=2e-3, steps=8)
+    shared = tuple(name for name in common.FLAGS if name != "finetune")
+    parser = common.parser(__doc__, "vqgan", shared, own, n=60_000, epochs=6, lr=2e-3, steps=8)
     parser.add_argument("--variant", choices=("vqvae", "vqgan"), default="vqvae",
                         help="train the autoencoder by likelihood alone (vqvae) or, with --counts round, "
                              "with perceptual and adversarial terms as well (vqgan) (default: vqvae)")

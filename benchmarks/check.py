@@ -19,6 +19,7 @@ import calorimeter
 import channels
 import common
 import data
+import files
 import metrics
 import plots
 import simulator
@@ -276,7 +277,7 @@ def main(argv=None):
     rows = check(args.detector, args.seed, args.quiet)
     print_rows(rows)
     if args.json:
-        common.write_json(args.json, {
+        files.write_json(args.json, {
             "table": "check", "detector": args.detector,
             "device": common.device_name(), "versions": common.versions(),
             "command": f"python -m benchmarks.check {args.detector} --json {args.json}",

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common
+import files
 import metrics
 import shower_metrics
 from benchmarks import tables
@@ -198,6 +199,8 @@ HITS = {"detector": key("detector"), "Brier score (oracle)": beside("Brier score
 HITS |= {f"bin {k + 1}": lambda row, k=k: "{:.3f} ({:.3f})".format(*row["reliability"][k]) for k in range(10)}
 EVENTS = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
           "MAE (oracle)": beside("seen.MAE"), "light, % of the simulator's": at("seen.light", ".1f", 100)}
+TRANSFER = {"fm.py": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
+            "MAE (oracle)": beside("seen.MAE"), "light, %": at("seen.light", ".1f", 100)}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
 STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
             "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}
@@ -338,6 +341,7 @@ TABLES = {
     "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
     "o2": lambda root: tabled(root, "o2", columns=O2),
     "hits": lambda root: markdown(HITS, load(root, "weights", ["hit"])),
+    "transfer": lambda root: tabled(root, "transfer", columns=TRANSFER),
     "events": lambda root: tabled(root, "events", columns=EVENTS),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
     "learning": lambda root: tabled(root, "learning", columns=LEARNING, rows=lambda result: tables.learning(
@@ -395,7 +399,7 @@ def main(argv=None, root=ROOT):
         if (new := filled(text, root)) != text:
             stale.append(name)
             if not args.check:
-                with common.write_atomic(root / name) as temporary:
+                with files.write_atomic(root / name) as temporary:
                     temporary.write_text(new)
     if args.check and stale:
         sys.exit(f"not up to date: {', '.join(stale)}; python -m benchmarks.docs writes them")

@@ -17,6 +17,7 @@ import hit
 import metrics
 import simulator
 from benchmarks.tables import ROOT, write
+from benchmarks.transfer import scores
 from simulator import DETECTORS
 
 EVENTS, PARTICLES = 10_000, 10
@@ -44,13 +45,6 @@ def sums(generate, *arrays):
 def blocks(draw, particles, number):
     """As metrics.generator, of draw(particles, key)."""
     return common.in_blocks(draw, jax.random.fold_in(jax.random.key(0), number), particles)
-
-
-def scores(truth, found, oracle):
-    """W, MAE and light of channels (E, 5), beside those of another run of the simulator."""
-    cells = {name: metrics.cell([score(truth, found)], [score(truth, oracle)], "oracle")
-             for name, score in (("W", metrics.wasserstein), ("MAE", metrics.mae))}
-    return cells | {"light": float(found.sum() / truth.sum())}
 
 
 def rows(name, models):

@@ -26,6 +26,7 @@ import calodream
 import calorimeter
 import common
 import data
+import files
 import fm
 import iaf
 import judge
@@ -180,7 +181,7 @@ def collected(label, command, result):
 
 def write(name, detector, root, **found):
     """Write benchmarks/results/NAME-DETECTOR.json."""
-    common.write_json(root / RESULTS / f"{name}-{detector}.json", {
+    files.write_json(root / RESULTS / f"{name}-{detector}.json", {
         "table": name, "detector": detector,
         "device": common.device_name(), "versions": common.versions(), **found})
 
@@ -251,7 +252,7 @@ def plot_lines(path, rows, line, panels):
         axes.set(xlabel=x, ylabel=y.replace("_", ", "), xscale="log", yscale="log" if y == "W" else "linear")
         ticks(axes)
     axes.legend(frameon=False)
-    with common.write_atomic(path) as temporary:
+    with files.write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
@@ -270,7 +271,7 @@ def plot_sweep(path, rows):
         axis.set(xlabel=name, ylabel="W", yscale="log", xscale="log" if log else "linear")
         ticks(axis)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
-    with common.write_atomic(path) as temporary:
+    with files.write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

@@ -14,9 +14,12 @@ import calorimeter
 import channels
 import common
 import data
+import files
 import fm
 import iaf
-from benchmarks import check, docs, tables
+import metrics
+import simulator
+from benchmarks import check, docs, tables, transfer
 from common import UserError
 
 ROOT, DETECTORS = tables.ROOT, ("zn", "zp")
@@ -80,7 +83,7 @@ def test_collected_rows_are_repeated_by_the_commands_of_the_tables(path):
     assert path.stem == f"{name}-{detector}" and result["versions"] and "device" in result
     known = tables.tables(detector).get(name)
     if known is None:
-        assert name in ("check", "o2", "events") or name in tables.COMPARISONS
+        assert name in ("check", "o2", "events", "transfer") or name in tables.COMPARISONS
     else:
         whole = tables.commands(name, known, detector)
         assert [row["command"] for row in result["rows"]] == [whole[row["label"]] for row in result["rows"]]
@@ -181,7 +184,7 @@ def test_a_sweep_is_drawn(tmp_path):
 def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
     """Ten batches of 128 are five of 256, of two seconds each."""
     networks = {"rows": [{"label": "dense", "step_seconds": 2.0}, {"label": "paper", "step_seconds": 30.0}]}
-    common.write_json(tmp_path / tables.RESULTS / "networks-zn.json", networks)
+    files.write_json(tmp_path / tables.RESULTS / "networks-zn.json", networks)
     rows = [{"command": f"python fm.py --net {net} --batch-size 128 --epochs {n}", "rows": {"train": 700},
              "validation": {"W": {"value": 3.0 / n}}} for net, n in (("dense", 2), ("paper", 4))]
     found = tables.learning(rows, "zn", tmp_path)
@@ -190,6 +193,22 @@ def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
     assert [row["minutes"] for row in found] == pytest.approx([5 * 2 / 60, 10 * 30 / 60])
     tables.plot_lines(tmp_path / "a.png", found, "net", [("steps", "W"), ("minutes", "W")])
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_the_other_detector_is_brighter_and_turned(monkeypatch):
+    monkeypatch.setattr(transfer, "SIZES", (1500,))
+    monkeypatch.setattr(transfer, "TESTED", 500)
+    usual = simulator.DETECTORS["zn"]
+    detector, dataset = transfer.other_detector()
+    assert simulator.DETECTORS["zn"] == usual != detector and len(dataset.pdg) == 2000
+    args = fm.parse([])
+    turned = data.turned(args, dataset, np.arange(2000))
+    assert args.header["axes"]["word"] == "yX"
+    np.testing.assert_allclose(args.header["axes"]["offset"], transfer.AXES.offset, atol=0.05)
+    again = simulator.simulate(usual, turned.particles, turned.pdg, 0)
+    assert 1.2 < turned.responses.sum() / again.sum() < 1.6
+    scores = transfer.scores(*(metrics.channels(responses) for responses in (turned.responses, again, again)))
+    assert scores["W"]["R"] == scores["MAE"]["R"] == 1 and scores["light"] < 0.9
 
 
 # --------------------------------------------------------------------------------- comparisons in one process
@@ -303,7 +322,7 @@ def test_rows_of_showers(tmp_path, monkeypatch, capsys):
     """A set of showers agrees with its own statistics; a wrong model does not, and the command says so."""
     blocks = [*calorimeter.simulated_blocks(calorimeter.CALORIMETERS["ds2"], 400, quiet=True)]
     published = published_statistics(*map(np.float64, map(np.concatenate, zip(*blocks))))
-    common.write_json(tmp_path / "published.json", {"ds2": published})
+    files.write_json(tmp_path / "published.json", {"ds2": published})
     monkeypatch.setattr(check, "SHOWER_FILE", tmp_path / "published.json")
     monkeypatch.setattr(check, "SHOWERS", {"ds2": 400})
     rows = {row["label"]: row for row in check.check("ds2", quiet=True)}
@@ -368,7 +387,7 @@ def documents(tmp_path):
               "train_seconds": 90, "ms_per_response": {"1": 2.0, "256": 0.1234}, "seen": part,
               "unseen": part | {"W": own, "MAE": own}, "device": "a machine", "versions": {"zdc": "9.9"}}
     for name, value in {"fm-zn": result, "fm-zp": result | {"detector": "zp", "unseen": None}}.items():
-        common.write_json(tmp_path / "weights" / f"{name}.json", value)
+        files.write_json(tmp_path / "weights" / f"{name}.json", value)
     (tmp_path / "docs").mkdir()
     for name in docs.DOCUMENTS:
         (tmp_path / name).write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
@@ -397,7 +416,7 @@ def test_documents_are_written_and_checked(documents):
 
 def test_numbers_of_the_text_come_from_json(documents):
     counts = {"rows": [{"label": "a, b", "x": {"y": 0.126}}]}
-    common.write_json(documents / tables.RESULTS / "counts-zn.json", counts)
+    files.write_json(documents / tables.RESULTS / "counts-zn.json", counts)
     text = "W <!-- {{fm_zn.seen.W.R:.1f}} -->{}<!-- / -->,\n<!-- {{counts_zn[a, b].x.y:.2f}} -->{}<!-- / -->."
     found = docs.filled(text.format(3, ""), documents)
     assert found == text.format("2.0", "0.13")

@@ -16,6 +16,7 @@ import pytest
 import calodream
 import calorimeter
 import common
+import files
 import papers
 import preprocessing
 import shower_metrics
@@ -313,7 +314,7 @@ def load(folder):
 
 def test_a_run(trained):
     folder, result, *_ = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 270, "test": 60} and result["evaluations"] == 2
     assert set(result["parameters"]) == {"energy", "shape"} and result["mflop"] > 0
     assert result["train_seconds"] == sum(result[name]["train_seconds"] for name in ("energy", "shape"))
@@ -322,7 +323,7 @@ def test_a_run(trained):
     names = {"model.eqx", "metrics.json", "sheet.png", "showers.png", "energy", "shape"}
     assert {path.name for path in folder.iterdir()} == names
     for stage in ("energy", "shape"):
-        assert common.read_log(folder / stage)[-1]["step"] == 4 and (folder / stage / "training.png").exists()
+        assert files.read_log(folder / stage)[-1]["step"] == 4 and (folder / stage / "training.png").exists()
 
 
 def test_a_step_compiles_once(trained):
@@ -356,7 +357,7 @@ def test_saved_and_loaded(trained, tmp_path, scored):
     assert np.array_equal(made.energies, real.energies) and np.array_equal(oracle.energies, real.energies)
     assert not np.array_equal(oracle.voxels, real.voxels)
     kept = "flags", "rows", "parameters", "train_seconds", "energy", "shape"
-    assert all(found[name] == common.plain(result[name]) for name in kept)
+    assert all(found[name] == files.plain(result[name]) for name in kept)
 
 
 def test_validation_rows(trained, tmp_path, scored):

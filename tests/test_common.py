@@ -26,6 +26,7 @@ from matplotlib.image import imread
 
 import common
 import data
+import files
 import plots
 import tiny
 from common import UserError
@@ -165,7 +166,7 @@ def test_a_script_may_have_fewer_flags():
     ("file", "unrecognized arguments: file"),
     ("--generate particles.h5", "--generate needs --out and --load, such as weights/fm-zn.eqx"),
     ("--load model.eqx --generate particles.h5", "--generate needs --out"),
-    ("--load model.eqx --resume", "--resume continues a training, it does not go with --load"),
+    ("--load model.eqx --resume", "--resume and --finetune train, they do not go with --load"),
     ("--batch-size 9 --devices 2", "--batch-size must be a multiple of --devices"),
 ])
 def test_wrong_flags(flags, message, capsys):
@@ -227,7 +228,7 @@ def test_plan_is_the_flags_of_a_training():
 def test_write_atomic_replaces_and_makes_folders(tmp_path):
     path = tmp_path / "a" / "b.txt"
     for text in ("old", "new"):
-        with common.write_atomic(path) as temporary:
+        with files.write_atomic(path) as temporary:
             temporary.write_text(text)
             assert temporary.parent == path.parent and temporary.suffix == ".txt"
         assert path.read_text() == text
@@ -238,7 +239,7 @@ def test_write_atomic_replaces_and_makes_folders(tmp_path):
 def test_exception_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), common.write_atomic(path) as temporary:
+    with pytest.raises(error), files.write_atomic(path) as temporary:
         temporary.write_text("ne")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
@@ -247,7 +248,7 @@ def test_exception_keeps_the_old_file(tmp_path, error):
 def test_write_follows_links(tmp_path):
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to("target.json")
-    common.write_json(tmp_path / "link.json", 1)
+    files.write_json(tmp_path / "link.json", 1)
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "1\n"
 
 
@@ -255,14 +256,14 @@ def test_write_follows_links(tmp_path):
 def test_devices_and_folders_are_not_replaced(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not a regular file"):
-        common.write_json(path, 1)
+        files.write_json(path, 1)
     assert not Path(path).is_file()
 
 
 def test_kill_keeps_the_old_file_and_leftovers_go(checkpoint):
     old = checkpoint.read_bytes()
     child = start(f"import common, time\n"
-                  f"with common.write_atomic({str(checkpoint)!r}) as temporary:\n"
+                  f"with files.write_atomic({str(checkpoint)!r}) as temporary:\n"
                   f"    temporary.write_bytes(b'half of a file')\n"
                   f"    print('writing', flush=True)\n"
                   f"    time.sleep(60)")
@@ -300,8 +301,8 @@ def test_kill_while_saving_again_and_again(checkpoint):
 
 WRITERS = {
     "checkpoint": lambda path: common.save_checkpoint(path, {}, np.zeros(10**6)),
-    "json": lambda path: common.write_json(path, list(range(10**5))),
-    "log": lambda path: [common.log_line(f"{path}-run", {"step": k, "text": 1000 * "x"}) for k in range(999)],
+    "json": lambda path: files.write_json(path, list(range(10**5))),
+    "log": lambda path: [files.log_line(f"{path}-run", {"step": k, "text": 1000 * "x"}) for k in range(999)],
 }
 
 
@@ -327,10 +328,10 @@ def test_full_disk_is_one_line(write, tmp_path, capsys):
 def test_no_space_left(tmp_path, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(28, "No space left on device")
-    common.write_json(tmp_path / "a.json", 1)
+    files.write_json(tmp_path / "a.json", 1)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
-        common.run(lambda: common.write_json(tmp_path / "a.json", 2))
+        common.run(lambda: files.write_json(tmp_path / "a.json", 2))
     assert stop.value.code == 2
     message = f"error: {tmp_path}/a.json: not written, [Errno 28] No space left on device\n"
     assert capsys.readouterr().err == message
@@ -341,7 +342,7 @@ def test_json_holds_every_kind_of_number(tmp_path):
     value = {"nan": float("nan"), "inf": np.float32("inf"), "array": np.array([[1.5, np.nan]]),
              "jax": jnp.int32(3), "bf16": jnp.bfloat16(0.5), "flag": np.bool_(True), "path": Path("a"),
              7: (1, None, "text")}
-    common.write_json(tmp_path / "a.json", value)
+    files.write_json(tmp_path / "a.json", value)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
         "nan": None, "inf": None, "array": [[1.5, None]], "jax": 3, "bf16": 0.5, "flag": True, "path": "a",
         "7": [1, None, "text"]}
@@ -349,24 +350,24 @@ def test_json_holds_every_kind_of_number(tmp_path):
 
 def test_log_is_cut_where_a_run_resumes(tmp_path):
     folder = tmp_path / "fm-zn"
-    assert common.read_log(folder) == []
+    assert files.read_log(folder) == []
     for step in range(5):
-        common.log_line(folder, {"step": step, "loss": np.float32(step) if step else np.nan})
+        files.log_line(folder, {"step": step, "loss": np.float32(step) if step else np.nan})
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # as a kill leaves it
-    assert [record["step"] for record in common.read_log(folder)] == [0, 1, 2, 3, 4]
-    common.cut_log(folder, 2)
-    common.log_line(folder, {"step": 3, "loss": 9.0})
-    assert common.read_log(folder) == [{"step": 0, "loss": None}, {"step": 1, "loss": 1.0},
+    assert [record["step"] for record in files.read_log(folder)] == [0, 1, 2, 3, 4]
+    files.cut_log(folder, 2)
+    files.log_line(folder, {"step": 3, "loss": 9.0})
+    assert files.read_log(folder) == [{"step": 0, "loss": None}, {"step": 1, "loss": 1.0},
                                        {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}]
-    common.cut_log(folder)
-    assert common.read_log(folder) == [] and os.listdir(folder) == ["log.jsonl"]
+    files.cut_log(folder)
+    assert files.read_log(folder) == [] and os.listdir(folder) == ["log.jsonl"]
 
 
 def test_damaged_log(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\nnonsense\n')
     with pytest.raises(UserError, match="log.jsonl: damaged"):
-        common.read_log(tmp_path)
+        files.read_log(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -532,7 +533,7 @@ def every_minute(monkeypatch):
 
 def test_logbook_logs_and_saves(tmp_path, every_minute):
     times = keep_book(plan_of(tmp_path), steps=18)[1]
-    log = common.read_log(tmp_path)
+    log = files.read_log(tmp_path)
     assert [record["step"] for record in log] == [4, 8, 12, 16, 18]
     assert log[0] == {"step": 4, "seconds": 61.0, "loss": 2.0, "norm": 1.0}
     assert times == {"train_seconds": 61.0 * 6, "step_seconds": 61 / 4}        # median of 61 / (4, 4, 4, 2)
@@ -569,17 +570,17 @@ def test_logbook_saves_once_a_minute(tmp_path, monkeypatch):
 def test_logbook_resumes(tmp_path, every_minute):
     plan = plan_of(tmp_path)
     keep_book(plan, stop=14)                                                   # saved at step 12
-    common.log_line(tmp_path, {"step": 16, "seconds": 9.0, "loss": 0.0})       # of a run that got further
+    files.log_line(tmp_path, {"step": 16, "seconds": 9.0, "loss": 0.0})       # of a run that got further
     resumed = plan._replace(resume=True)
     with common.Logbook(resumed, 70, 20) as book:
         assert book.begin(jnp.zeros(())) == 12 and book.step == 12
-        assert [record["step"] for record in common.read_log(tmp_path)] == [4, 8, 12]
+        assert [record["step"] for record in files.read_log(tmp_path)] == [4, 8, 12]
     state, times = keep_book(resumed)
-    assert state == 20 and [record["step"] for record in common.read_log(tmp_path)] == [4, 8, 12, 16, 20]
+    assert state == 20 and [record["step"] for record in files.read_log(tmp_path)] == [4, 8, 12, 16, 20]
     assert times["train_seconds"] == 61 * 3 + 61 * 3                           # of both parts
     assert keep_book(resumed)[0] == 20                                         # nothing is left to do
     keep_book(plan, stop=4)                                                    # a fresh run begins a new log
-    assert [record["step"] for record in common.read_log(tmp_path)] == [4]
+    assert [record["step"] for record in files.read_log(tmp_path)] == [4]
 
 
 def test_resume_needs_the_same_flags_and_rows(tmp_path, every_minute):
@@ -598,7 +599,7 @@ def test_a_loss_that_diverges_keeps_the_last_good_state(tmp_path, every_minute):
     with pytest.raises(UserError, match="loss is nan at step 12, last good checkpoint: .*state.eqx"):
         keep_book(plan_of(tmp_path), loss=lambda step: math.nan if step > 9 else 1.0)
     assert common.load_checkpoint(tmp_path / "state.eqx", jnp.zeros(()))[1] == 8
-    assert [record["step"] for record in common.read_log(tmp_path)] == [4, 8]
+    assert [record["step"] for record in files.read_log(tmp_path)] == [4, 8]
 
 
 # ----------------------------------------------------------------------------------------------------- layers
@@ -806,7 +807,7 @@ mesh = common.batch_mesh(4)
 rows = numpy.full((2, 3), 1.0 + jax.process_index())
 w, x = common.replicate(numpy.float32(2), mesh), common.shard_batch(rows, mesh)
 total = jax.jit(lambda w, x: (w * x).sum())(w, x)
-common.log_line({folder!r}, {{"step": jax.process_index()}})
+files.log_line({folder!r}, {{"step": jax.process_index()}})
 print(jax.process_index(), jax.process_count(), float(total))
 """
 
@@ -819,7 +820,7 @@ def test_two_hosts(tmp_path):
                    ZDC_PROCESS_ID=str(i)) for i in range(2)]
     outputs = [host.communicate(timeout=100) for host in hosts]
     assert [out.splitlines()[-1:] for out, _ in outputs] == [["0 2 36.0"], ["1 2 36.0"]], outputs
-    assert common.read_log(tmp_path) == [{"step": 0}]
+    assert files.read_log(tmp_path) == [{"step": 0}]
 
 
 def test_half_an_address_of_hosts(monkeypatch):

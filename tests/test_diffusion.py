@@ -14,6 +14,7 @@ from scipy.stats import norm
 import common
 import data
 import diffusion
+import files
 import tiny
 from simulator import DETECTORS
 
@@ -330,8 +331,8 @@ def trained(small_detectors, shrunk, tmp_path_factory):
 
 def test_a_run(trained):
     folder, result = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
-    log = common.read_log(folder)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
+    log = files.read_log(folder)
     assert log[-1]["nats per fibre"] < log[0]["nats per fibre"] and log[-1]["path"] < log[0]["path"]
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140}
     assert (result["evaluations"], result["steps"], result["solver"], result["eta"]) == (4, 3, "second", 0.7)

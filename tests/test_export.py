@@ -13,6 +13,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 import common  # noqa: E402
 import data  # noqa: E402
 import export  # noqa: E402
+import files  # noqa: E402
 import graph  # noqa: E402
 import hit  # noqa: E402
 import metrics  # noqa: E402
@@ -266,7 +267,7 @@ def test_table(tmp_path, monkeypatch):
     scores = dict.fromkeys(o2.SCORES) | {"marginals": {"lit_percent": 1}}
     monkeypatch.setattr(metrics, "evaluate", lambda *_, **__: scores)
     monkeypatch.setattr(o2, "EQUAL", 20)
-    row = common.plain(o2.row(WEIGHTS / "gan-zp.eqx", tmp_path))
+    row = files.plain(o2.row(WEIGHTS / "gan-zp.eqx", tmp_path))
     assert row["label"] == "gan" and row["equal"] == 1 and row["rows"] == {"seen": 140} and row["ms"] > 0
 
 
@@ -278,7 +279,7 @@ def test_sums_over_events(monkeypatch):
     total = events.sums(lambda rows, start: responses[start:start + len(rows)], particles)
     assert total.shape == (30, 5)
     np.testing.assert_array_equal(total.sum(1), 16 * np.arange(300).reshape(30, 10).sum(1))
-    with_hits, every = common.plain(list(events.rows("zp", ["gan"])))
+    with_hits, every = files.plain(list(events.rows("zp", ["gan"])))
     assert [with_hits["label"], every["label"]] == ["gan", "gan, --all-hit"]
     assert every["seen"]["MAE"]["value"] > with_hits["seen"]["MAE"]["value"] > 0
     assert every["seen"]["MAE"]["oracle"] == with_hits["seen"]["MAE"]["oracle"] > 0

@@ -20,6 +20,7 @@ from scipy.integrate import solve_ivp
 
 import common
 import data
+import files
 import fm
 import metrics
 import tiny
@@ -65,7 +66,7 @@ def run(dataset, folder, *flags, loss=fm.batch_loss):
 
 def losses(folder):
     return [{name: value for name, value in record.items() if name != "seconds"}
-            for record in common.read_log(folder)]
+            for record in files.read_log(folder)]
 
 
 def leaves(tree):
@@ -361,17 +362,17 @@ def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
     flags = "--batch-size", 16, "--epochs", 7  # 7 x 30 steps, a log line every 50
     whole = run(dataset, tmp_path / "whole", *flags)[0]
-    log, cut = common.log_line, tmp_path / "cut"
+    log, cut = files.log_line, tmp_path / "cut"
 
     def stop(folder, record):
         log(folder, record)
         if record["step"] == 150:  # saved last: the state of step 100
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "log_line", stop)
+        patch.setattr(files, "log_line", stop)
         run(dataset, cut, *flags)
     assert common.read_header(cut / "state.eqx")["step"] == 100
-    assert [record["step"] for record in common.read_log(cut)] == [50, 100, 150]
+    assert [record["step"] for record in files.read_log(cut)] == [50, 100, 150]
     assert_equal_bits(run(dataset, cut, *flags, "--resume")[0], whole)
     assert losses(cut) == losses(tmp_path / "whole") and len(losses(cut)) == 5
     assert_equal_bits(run(dataset, cut, *flags, "--resume")[0], whole)         # nothing is left to do
@@ -417,7 +418,7 @@ WRITTEN = {"model.eqx", "metrics.json", "samples.png", "channels.png", "training
 def test_what_a_run_leaves(trained):
     folder, result = trained
     assert {path.name for path in folder.iterdir()} == {"state.eqx", "log.jsonl", *WRITTEN}
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert {"script", "detector", "command", "versions", "device", "rows", "parameters", "mflop",
             "train_seconds", "step_seconds", "ms_per_response", "seen", "unseen"} <= result.keys()
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140}
@@ -433,7 +434,7 @@ def test_saved_and_loaded(trained, tmp_path):
     """The same scores; flags that decided the training, rows, seed and split are the checkpoint's."""
     folder, result = trained
     weights, before = str(folder / "model.eqx"), {path: path.read_bytes() for path in folder.iterdir()}
-    common.write_json(tmp_path / "model.eqx", "another model")
+    files.write_json(tmp_path / "model.eqx", "another model")
     flags = ["--net", "dense", "--lr", "0.5", "--n", "99", "--steps", "2", "--quiet"]
     again = fm.main([*flags, "--load", weights, "--run", str(tmp_path)])
     assert all(again[name] == result[name] for name in ("seen", "unseen", "rows"))
@@ -449,7 +450,7 @@ def test_validation(trained, dataset, tmp_path):
     assert result["rows"] == {"train": 489, "validation": 71} and "seen" not in result
     assert result["validation"]["W"]["value"] > result["validation"]["W"]["oracle"] > 0
     assert result["evaluations"] == 4
-    assert json.loads((tmp_path / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == files.plain(result)
 
 
 @pytest.mark.parametrize("flags", [
@@ -486,6 +487,20 @@ def test_own_data(kind, dataset, tmp_path):
     w = result["seen"]["W"]
     assert w["R"] is None and "oracle" not in w and w["value"] > 0
     assert losses(tmp_path / "run")[-1]["step"] == 7
+
+
+def test_finetuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
+    """Without a learning rate it ends in the same network, with the same scaling, whatever its flags were."""
+    tiny.save(tmp_path / "own.h5", data.select(dataset, slice(300)))
+    model = trained[0] / "model.eqx"
+    fm.main(["--data", str(tmp_path / "own.h5"), "--finetune", str(model), "--lr", "0", "--epochs", "1",
+             "--batch-size", "64", "--steps", "2", "--validate", "--quiet", "--run", str(tmp_path / "run")])
+    old, new = (common.read_header(path) for path in (model, tmp_path / "run" / "model.eqx"))
+    assert new["scaler"] == old["scaler"] and new["flags"]["net"] == "tiny" and "axes" in new
+    make = partial(fm.make_network, "tiny", "sample", data.DETECTORS["zn"], 14)
+    nets = [common.load_model(path, make) for path in (model, tmp_path / "run" / "model.eqx")]
+    for a, b in zip(*map(jax.tree.leaves, nets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- generating

@@ -11,6 +11,7 @@ import pytest
 
 import common
 import data
+import files
 import gan
 import metrics
 import tiny
@@ -361,10 +362,10 @@ def trained(tmp_path_factory):
 
 def test_a_run(trained):
     folder, result = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["evaluations"] == 1
     assert 0.75 <= result["factor"] <= 1.25 and np.isfinite(result["seen"]["W"]["value"])
-    assert {"critic AUC", "spread of sums", "anchor", "sdi"} <= common.read_log(folder)[-1].keys()
+    assert {"critic AUC", "spread of sums", "anchor", "sdi"} <= files.read_log(folder)[-1].keys()
 
 
 def test_saved_and_loaded(trained, tmp_path):

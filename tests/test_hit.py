@@ -12,6 +12,7 @@ from scipy.stats import chi2
 
 import common
 import data
+import files
 import hit
 import simulator
 from common import UserError
@@ -110,9 +111,9 @@ def test_one_run_of_each_particle_has_no_oracle():
 
 def test_a_run(trained):
     run, result = trained
-    assert json.loads((run / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((run / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 6000, "test": 10_000}
-    log = common.read_log(run)
+    log = files.read_log(run)
     assert log[-1]["log score"] < 0.8 * log[0]["log score"]
     always = result["passed"]["real"] * (1 - result["passed"]["real"])         # that of the mean rate
     assert result["Brier score"]["oracle"] < result["Brier score"]["value"] < 0.8 * always

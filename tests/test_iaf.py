@@ -14,6 +14,7 @@ from scipy import integrate, optimize, stats
 
 import common
 import data
+import files
 import iaf
 import metrics
 import papers
@@ -458,14 +459,14 @@ def leaves(path):
 
 def test_a_run(trained, capsys):
     folder, result = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert {path.name for path in folder.iterdir()} == {
         "sum", "teacher", "student", "model.eqx", "metrics.json"}
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["removal"] in iaf.REMOVALS
     assert all(set(result["removals"][kind]) == set(iaf.REMOVALS) for kind in ("teacher", "student"))
     assert np.isfinite(result["seen"]["W"]) and result["parameters"] > 1000
     for stage, part in ("sum", "nats"), ("teacher", "bits per fibre"), ("student", "latent loop"):
-        assert all(np.isfinite(record[part]) for record in common.read_log(folder / stage))
+        assert all(np.isfinite(record[part]) for record in files.read_log(folder / stage))
         assert (folder / stage / "training.png").exists()
 
 
@@ -474,7 +475,7 @@ def test_checkpoints_hold_their_logit_and_removal(trained):
     logit = iaf.fit_logit(0.5, data.open_data("zn", 700, quiet=True).responses[data.split_rows(700, 0).train])
     for path, kind in (folder / "model.eqx", "student"), (folder / "teacher" / "model.eqx", "teacher"):
         header, scores = common.read_header(path), result["removals"][kind]
-        assert header["logit"] == common.plain(logit._asdict()) and header["flags"]["sampler"] == kind
+        assert header["logit"] == files.plain(logit._asdict()) and header["flags"]["sampler"] == kind
         assert header["removal"] == min(scores, key=scores.get)
     for stage in iaf.STAGES:
         assert common.read_header(folder / stage / "state.eqx")["logit"] == header["logit"]
@@ -522,7 +523,7 @@ def test_one_stage_after_the_other_each_cut_off(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "LOGGED", 4)
     monkeypatch.setattr(iaf, "finish", lambda args, scaler, part, found, run, net: (net, None))
     monkeypatch.setattr(metrics, "report", lambda *args, **result: result)
-    log = common.log_line
+    log = files.log_line
 
     def cut(path, record):
         log(path, record)
@@ -534,7 +535,7 @@ def test_one_stage_after_the_other_each_cut_off(trained, tmp_path, monkeypatch):
     for stage in iaf.STAGES:
         flags = [*FLAGS, *later[stage], "--run", str(tmp_path), "--stage", stage]
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common, "log_line", cut)
+            patch.setattr(files, "log_line", cut)
             iaf.main(flags)
         iaf.main([*flags, "--resume"])
     for stage in iaf.STAGES:
@@ -560,4 +561,4 @@ def test_the_papers_flow(tmp_path, monkeypatch):
     iaf.main([*FLAGS, *flags, "--stage", "sum"])
     result = iaf.main([*FLAGS, *flags])
     assert result["removal"] == "floor" and result["mflop"] > 0
-    assert all(np.isfinite(record["bits per fibre"]) for record in common.read_log(tmp_path / "teacher"))
+    assert all(np.isfinite(record["bits per fibre"]) for record in files.read_log(tmp_path / "teacher"))

@@ -11,6 +11,7 @@ import pytest
 
 import common
 import data
+import files
 import fm
 import metrics
 import tiny
@@ -44,7 +45,7 @@ def kill_when(child, ready):
 
 
 def losses(folder):
-    log = common.read_log(folder)
+    log = files.read_log(folder)
     return [{name: value for name, value in record.items() if name != "seconds"} for record in log]
 
 

@@ -13,6 +13,7 @@ from scipy import integrate, stats
 
 import common
 import data
+import files
 import latent_fm
 import metrics
 import papers
@@ -379,11 +380,11 @@ def trained(tmp_path_factory, small_detectors):
 
 def test_a_run(trained):
     folder, result, _ = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["evaluations"] == 3
     names = {"model.eqx", "metrics.json", "samples.png", "channels.png", "stage1", "stage2"}
     assert {path.name for path in folder.iterdir()} == names
-    reconstruction = [record["reconstruction"] for record in common.read_log(folder / "stage1")]
+    reconstruction = [record["reconstruction"] for record in files.read_log(folder / "stage1")]
     assert reconstruction[-1] < 0.8 * reconstruction[0]
     score = result["reconstruction"]
     assert score["R"] == pytest.approx(score["W"] / score["oracle"])
@@ -472,6 +473,6 @@ def test_the_papers_model(tmp_path, small_detectors, monkeypatch):
     flags = [*FLAGS, "--epochs", "1", "--flow-epochs", "1", "--net", "paper", "--detector", "zp"]
     found, result = latent_fm.main([*flags, "--run", str(tmp_path)])
     parts = {"squares", "divergence", "perceptual", "fooled", "features", "critic"}
-    assert parts <= common.read_log(tmp_path / "stage1")[-1].keys()
+    assert parts <= files.read_log(tmp_path / "stage1")[-1].keys()
     assert found["latent"] == 4 and np.isfinite(result["reconstruction"]["W"])
     assert (tmp_path / "model.eqx").exists()

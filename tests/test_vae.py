@@ -18,6 +18,7 @@ from scipy.stats import chisquare, norm, poisson
 
 import common
 import data
+import files
 import tiny
 import vae
 from common import UserError
@@ -341,9 +342,9 @@ def trained(tmp_path_factory, small_detectors):
 
 def test_a_run(trained):
     folder, result = trained
-    log = common.read_log(folder)
+    log = files.read_log(folder)
     assert log[-1]["reconstruction"] < 0.8 * log[0]["reconstruction"] and log[-1]["latent"] > 0
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140} and result["evaluations"] == 1
     assert {path.name for path in folder.iterdir()} == {"state.eqx", "model.eqx", "log.jsonl", "metrics.json",
                                                         "samples.png", "channels.png", "training.png"}

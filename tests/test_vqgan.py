@@ -12,6 +12,7 @@ from scipy import stats
 
 import common
 import data
+import files
 import metrics
 import papers
 import tiny
@@ -506,11 +507,11 @@ def unscored(monkeypatch):
 
 def test_a_run(trained):
     folder, result, _ = trained
-    assert json.loads((folder / "metrics.json").read_text()) == common.plain(result)
+    assert json.loads((folder / "metrics.json").read_text()) == files.plain(result)
     assert result["rows"] == {"train": 489, "validation": 71} and result["evaluations"] == 3
     assert {path.name for path in folder.iterdir()} == {"model.eqx", "metrics.json", "stage1", "stage2"}
     assert result["validation"]["W"]["value"] > 0
-    records = common.read_log(folder / "stage1")
+    records = files.read_log(folder / "stage1")
     assert {"reconstruction", "commitment", "perplexity", "used"} <= records[-1].keys()
     assert records[-1]["reconstruction"] < 0.9 * records[0]["reconstruction"]
     score, codes = result["reconstruction"], result["codebook"]
@@ -557,7 +558,7 @@ def test_the_papers_model_stage_by_stage(tmp_path, small_detectors, unscored):
     names = {"stage1", "codebook", "particle codebook", "reconstruction"}
     assert names == found.keys() and not (tmp_path / "model.eqx").exists()
     parts = {"perceptual", "fooled", "features", "critic", "particle"}
-    assert parts <= common.read_log(tmp_path / "stage1")[-1].keys()
+    assert parts <= files.read_log(tmp_path / "stage1")[-1].keys()
     result = vqgan.main([*FLAGS, *flags.split(), "--stage", "2"])
     assert result["reconstruction"] == found["reconstruction"] and result["evaluations"] == 4
     assert result["made"].shape == (64, 14, 10) and result["sizes"] == (1, 32, 256, 1024)

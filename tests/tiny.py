@@ -14,6 +14,7 @@ import pytest
 
 import common
 import data
+import files
 import fm
 import judge
 import metrics
@@ -70,14 +71,14 @@ def assert_resume_is_as_uninterrupted(run, folder, monkeypatch, stages=(None,)):
     is cut off, one after the other.
     """
     monkeypatch.setattr(common, "LOGGED", 4)
-    whole, log = run("--run", folder / "whole"), common.log_line
+    whole, log = run("--run", folder / "whole"), files.log_line
     for stage in stages:
         def cut(path, record):
             log(path, record)
             if record["step"] == 12 and stage in (None, path.name):  # saved last: the state of step 8
                 raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common, "log_line", cut)
+            patch.setattr(files, "log_line", cut)
             run("--run", folder / f"cut{stage or ''}")
         resumed = run("--run", folder / f"cut{stage or ''}", "--resume")
         pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
