@@ -114,6 +114,7 @@ FLAGS = {
     "precision": dict(choices=("f32", "bf16"), default="f32",
                       help="number format of the network in training; bf16 pays on accelerators only"),
     "devices": dict(type=number(int, 1), default=1, metavar="N", help="devices to train on, over all hosts"),
+    "threads": dict(type=number(int, 1), metavar="N", help="threads of this process (default: a core each)"),
     "quiet": dict(action="store_true", help="show no progress bars"),
     "run": dict(type=Path, metavar="DIR", help="folder of the run (default: runs/SCRIPT-DETECTOR)")}
 TRAINING = "cond", "split", "n", "seed", "epochs", "batch_size", "lr", "ema", "precision"
@@ -140,6 +141,8 @@ class Parser(argparse.ArgumentParser):
                 kept = [*self.own, *(name for name in names if name in args)]
                 header = read_model_header(begin, args.script, args.detector, kept)
                 vars(args).update({name: header["flags"][name] for name in kept})
+        if vars(args).get("threads"):
+            limit_threads(args.threads)
         for name, value in sorted(vars(args).items(), key=lambda item: callable(item[1])):  # functions last
             value = value[args.detector] if isinstance(value, dict) else value
             setattr(args, name, value(args) if callable(value) else value)
@@ -528,6 +531,18 @@ def device_name():
 def cache_folder():
     """Where data sets and compiled code are kept between runs: ZDC_CACHE, else ~/.cache/zdc."""
     return Path(os.environ.get("ZDC_CACHE") or Path.home() / ".cache" / "zdc")
+
+
+def limit_threads(n):
+    """Let every pool of this process have n threads at most, before JAX is first used: XLA makes as many as
+    there are processors in reach. Only on Linux."""
+    from threadpoolctl import threadpool_limits  # of scikit-learn's dependencies
+    threadpool_limits(n)  # BLAS and OpenMP
+    reach = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(reach)[:n])
+    jax.devices()
+    for thread in Path("/proc/self/task").iterdir():  # which processors they run on is the system's affair
+        os.sched_setaffinity(int(thread.name), reach)
 
 
 def prepare_jax():

@@ -31,11 +31,12 @@ def aimed(generate, args):
 
 
 def part(text, total):
-    """First row and the one after the last of --rows, "A:B" or None for all of `total` rows. UserError."""
+    """First row and the one after the last of --rows, "A:B" or None for all of `total` rows; a last job may
+    ask for more than there are. UserError."""
     first, colon, last = (text or f"0:{total}").partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= total):
-        raise UserError(f"--rows {text}: expected A:B with 0 <= A < B <= {total} (rows of the list)")
-    return int(first), int(last)
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < min(int(last), total)):
+        raise UserError(f"--rows {text}: expected A:B with 0 <= A < B and A < {total} (rows of the list)")
+    return int(first), min(int(last), total)
 
 
 def write(args, generate, channels):

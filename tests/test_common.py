@@ -830,6 +830,20 @@ def test_half_an_address_of_hosts(monkeypatch):
         common.initialize_hosts()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone")
+def test_threads_are_limited():
+    """One thread of XLA's pool, which may run on every processor."""
+    code = ("import common, jax, os; from pathlib import Path; reach = os.sched_getaffinity(0); "
+            "common.parser('doc', 'fm').parse_args(['--threads', '1']); jax.numpy.ones(9) + 1; "
+            "tasks = [*Path('/proc/self/task').iterdir()]; "
+            "print(sum('XLAEigen' in (task / 'comm').read_text() for task in tasks), "
+            "all(os.sched_getaffinity(int(task.name)) == reach for task in tasks))")
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env=one_device)
+    assert found.stdout.split() == ["1", "True"]
+
+
 # --------------------------------------------------------------------------------------------------- pictures
 
 def picture(path):
