@@ -9,6 +9,7 @@ simulated on first use and kept in the cache folder.
 import io
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from common import UserError
 from simulator import CUT, DETECTORS, FEATURES, ROWS, VERSION
 
 BEAM_GEV = 7100.0     # more than the LHC's protons have: larger energies are in MeV by mistake
-UNSEEN = 20_000       # rows of fresh particles to test on, at most
+UNSEEN, TESTED = 20_000, 61_356   # rows of fresh particles to test on, and test rows, at most
+LARGE = 2**31         # bytes of responses that fit into memory for sure
 
 
 class Dataset(NamedTuple):
@@ -128,10 +130,12 @@ def read_hdf5(path, name=None, needed=("responses", "particles")):
     try:
         with h5py.File(path) as file:
             here = [key for key in (*needed, "pdg") if isinstance(file.get(key), h5py.Dataset)]
-            arrays = {key: np.asarray(file[key][()]) for key in here}
+            arrays = {key: _rows(path, file[key]) for key in here}
             made_for = file.attrs.get("detector", name)
             if "pdg" in file and "pdg" not in arrays:
                 raise ValueError("pdg is not a data set")
+    except UserError:
+        raise
     except Exception as error:   # h5py raises nearly every type of error on a damaged file
         raise UserError(f"{path}: damaged, or not an HDF5 file: {error}") from None
     if missing := [key for key in needed if key not in arrays]:
@@ -139,6 +143,15 @@ def read_hdf5(path, name=None, needed=("responses", "particles")):
     if name and made_for != name:
         raise UserError(f"{path}: holds {made_for} data, not {name}; see --detector")
     return *(arrays[key] for key in needed), check_pdg(path, arrays.get("pdg"), arrays["particles"])
+
+
+def _rows(path, stored):
+    """An HDF5 data set as an array; responses of more than LARGE bytes stay on disk."""
+    if stored.ndim < 3 or 2 * stored.size < LARGE:
+        return np.asarray(stored[()])
+    state = Path(path).stat()
+    copy = common.cache_folder() / f"{Path(path).stem}-{state.st_size}-{state.st_mtime_ns}.uint16"
+    return files.on_disk(stored, copy, partial(_check_counts, path))
 
 
 def _read_npz(path):
@@ -280,12 +293,12 @@ def test_sets(args, dataset, split):
     The test rows are one of the two, by --split; fresh particles of the simulator are the other."""
     if "validate" in args and args.validate:
         return {"validation": select(dataset, split.validation)}
-    test = select(dataset, split.test)
+    test = select(dataset, split.test[:TESTED])
     if args.split == "particles":
         return {"unseen": test}
     if args.data:
         return {"seen": test}
-    rows, seed = min(len(split.test), UNSEEN), args.header["flags"]["seed"]
+    rows, seed = min(len(test.pdg), UNSEEN), args.header["flags"]["seed"]
     return {"seen": test, "unseen": open_data(args.detector, rows, seed, fresh=True, quiet=args.quiet)}
 
 
@@ -327,9 +340,8 @@ def fit_conditions(particles, mode):
 
 def first_scaler(args, particles):
     """The Scaler of --finetune, else of the training particles (N, 9)."""
-    if args.finetune:
-        return stored_scaler(common.read_header(args.finetune))
-    return fit_conditions(particles, args.cond)
+    header = args.finetune and common.read_header(args.finetune)
+    return stored_scaler(header) if header else fit_conditions(particles, args.cond)
 
 
 def conditions(particles, scaler, xp=np):

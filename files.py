@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
+import numpy as np
 
 
 class UserError(Exception):
@@ -106,3 +107,15 @@ def cut_log(folder, step=-1):
     kept = [record for record in read_log(folder) if record["step"] <= step]
     with write_atomic(Path(folder, "log.jsonl")) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def on_disk(stored, path, check):
+    """The rows of an HDF5 data set that does not fit into memory, as a NumPy array that reads from disk what
+    is asked for: a copy at `path`, made once, of uint16 blocks that `check` returns."""
+    if not path.exists():
+        with write_atomic(path) as temporary:
+            copy = np.memmap(temporary, np.uint16, "w+", shape=stored.shape)
+            for start in range(0, len(stored), 8192):
+                copy[start:start + 8192] = check(stored[start:start + 8192])
+            copy.flush()
+    return np.memmap(path, np.uint16, "r", shape=stored.shape)

@@ -68,6 +68,25 @@ def test_hdf5_round_trip(dataset, tmp_path):
         assert {file[name].compression for name in file} == {"gzip"}
 
 
+def test_large_files_stay_on_disk(dataset, tmp_path, monkeypatch):
+    """The same rows, by a copy that is made once for a file and again when it has changed."""
+    monkeypatch.setenv("ZDC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "LARGE", 1)
+    tiny.save(tmp_path / "set.h5", dataset)
+    loaded = data.load(tmp_path / "set.h5", "zn")
+    assert equal(loaded, dataset) and isinstance(loaded.responses.base, np.memmap)
+    assert equal(data.select(loaded, np.array([7, 3])), data.select(dataset, np.array([7, 3])))
+    assert equal(data.load(tmp_path / "set.h5", "zn"), dataset)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+    tiny.save(tmp_path / "set.h5", data.select(dataset, slice(100)))
+    assert equal(data.load(tmp_path / "set.h5", "zn"), data.select(dataset, slice(100)))
+    bad = dataset._replace(responses=dataset.responses.astype(np.int32) - 1)
+    tiny.save(tmp_path / "bad.h5", bad)
+    before, path = sorted((tmp_path / "cache").iterdir()), tmp_path / "bad.h5"
+    assert_user_error(lambda: data.load(path, "zn"), path, "bad.h5: photon counts must lie between 0 and")
+    assert sorted((tmp_path / "cache").iterdir()) == before
+
+
 def npz_pair(folder, responses, table):
     folder.mkdir(exist_ok=True)
     np.savez(folder / "data_nonrandom_responses.npz", responses)
