@@ -147,7 +147,8 @@ class Parser(argparse.ArgumentParser):
             value = value[args.detector] if isinstance(value, dict) else value
             setattr(args, name, value(args) if callable(value) else value)
         flags = {name: getattr(args, name) for name in (*self.own, *TRAINING) if name in args}
-        flags["data"] = str(args.data) if getattr(args, "data", None) else None
+        for name in ("data", "finetune"):
+            flags[name] = str(getattr(args, name)) if getattr(args, name, None) else None
         fresh = {"script": args.script, "detector": args.detector, "flags": flags}
         args.header = header if getattr(args, "load", None) else fresh
         return args
@@ -155,6 +156,10 @@ class Parser(argparse.ArgumentParser):
     def _check(self, args):
         if args.generate and not (args.load and args.out):
             self.error(f"--generate needs --out and --load, such as weights/{args.script}-zn.eqx")
+        if not args.generate and any(vars(args).get(name) for name in ("rows", "events", "all_hit")):
+            self.error("--rows, --events and --all-hit are for --generate")
+        if vars(args).get("axes") and args.axes[0] in "yY" and args.detector == "zp":
+            self.error(f"--axes {args.axes}: expected xy, xY, Xy or XY for zp, whose sides differ")
         if args.load and (args.resume or vars(args).get("finetune")):
             self.error("--resume and --finetune train, they do not go with --load")
         if args.batch_size % args.devices:
@@ -332,7 +337,8 @@ class Logbook(AbstractContextManager):
         """The state to start from: `state` itself or, with --resume, the saved one, of the same shapes."""
         if self.plan.resume:
             found, state = load_checkpoint(self.path, state, self.header["script"], self.header["detector"])
-            here, saved = (files.plain(header["flags"] | {"rows of the data": header["rows"]})
+            here, saved = (files.plain(header["flags"] | {"rows of the data": header["rows"],
+                                                          "axes": header.get("axes")})
                            for header in (self.header, found))
             if changed := [name for name in here if saved.get(name) != here[name]]:
                 raise UserError(f"{self.path}: --resume needs the flags of the first run; different: "
@@ -535,7 +541,9 @@ def cache_folder():
 
 def limit_threads(n):
     """Let every pool of this process have n threads at most, before JAX is first used: XLA makes as many as
-    there are processors in reach. Only on Linux."""
+    there are processors in reach. UserError where that cannot be said."""
+    if not hasattr(os, "sched_setaffinity") or "ZDC_COORDINATOR" in os.environ:
+        raise UserError("--threads works on Linux and one host alone")
     from threadpoolctl import threadpool_limits  # of scikit-learn's dependencies
     threadpool_limits(n)  # BLAS and OpenMP
     reach = os.sched_getaffinity(0)

@@ -6,7 +6,6 @@ simulated on first use and kept in the cache folder.
 
     python data.py --detector zn --out zn.h5     write the open data set, 306 780 rows (ZN) or 129 676 (ZP)
 """
-import io
 import zipfile
 import zlib
 from functools import partial
@@ -46,36 +45,11 @@ class Split(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------ files
 
-class _Sink(io.FileIO):
-    """A file for HDF5, which crashes at exit after a failed write: the first failure ends all writing."""
-    failure = None
-
-    def write(self, data):
-        rest = memoryview(data)
-        while len(rest) and not self.failure:
-            try:
-                rest = rest[super().write(rest):]   # a disk that is almost full takes a part
-            except OSError as error:
-                self.failure = error
-        return len(data)
-
-    def truncate(self, size=None):
-        try:
-            return size if self.failure else super().truncate(size)
-        except OSError as error:
-            self.failure = error
-
-    def check(self):
-        """Raise the failure, if there was one."""
-        if self.failure:
-            raise self.failure
-
-
 def save_blocks(path, total, blocks, **attributes):
     """Stream `blocks`, dicts of arrays with `total` rows together, into one HDF5 file: whole or not at all.
     UserError if the disk is full or the file cannot be written."""
     filled = 0
-    with files.write_atomic(path) as temporary, _Sink(temporary, "w+") as sink:
+    with files.write_atomic(path) as temporary, files.Sink(temporary, "w+") as sink:
         with h5py.File(sink, "w") as file:
             for block in blocks:
                 rows = len(next(iter(block.values())))
@@ -147,7 +121,7 @@ def read_hdf5(path, name=None, needed=("responses", "particles")):
 
 def _rows(path, stored):
     """An HDF5 data set as an array; responses of more than LARGE bytes stay on disk."""
-    if stored.ndim < 3 or 2 * stored.size < LARGE:
+    if stored.ndim < 3 or stored.size * stored.dtype.itemsize < LARGE:
         return np.asarray(stored[()])
     state = Path(path).stat()
     copy = common.cache_folder() / f"{Path(path).stem}-{state.st_size}-{state.st_mtime_ns}.uint16"
@@ -252,7 +226,8 @@ def split_particles(particles, seed):
     """A Split of whole particles, 70 / 10 / 20 % of them: no particle of one part occurs in another."""
     ids, first = unique_particles(particles)
     parts = split_rows(len(first), seed)
-    return Split(*(np.flatnonzero(np.isin(ids, part)) for part in parts))
+    rng = np.random.default_rng([seed, 71])                                    # files may be sorted
+    return Split(*(rng.permutation(np.flatnonzero(np.isin(ids, part))) for part in parts))
 
 
 def select(dataset, rows):
@@ -268,16 +243,38 @@ def open_split(args):
                else open_data(args.detector, args.n, seed, quiet=args.quiet))
     split = (split_particles(dataset.particles, seed) if args.split == "particles"
              else split_rows(len(dataset.pdg), seed))
-    if "load" in args and not args.load and not 2 <= args.batch_size <= len(split.train):
-        raise UserError(f"--batch-size {args.batch_size}: expected 2 to {len(split.train)} (training rows)")
-    return turned(args, dataset, split.train) if args.data else dataset, split
+    if args.data:
+        split, dataset = above_cut(dataset, split), turned(args, dataset, split.train)
+    if "load" in args and not args.load:
+        check_batch(args.batch_size, len(split.train))
+    return dataset, split
+
+
+def check_batch(size, rows):
+    """UserError unless that many training rows fill a batch."""
+    if not 2 <= size <= rows:
+        raise UserError(f"--batch-size {size}: expected 2 to {rows} (training rows)")
+
+
+def photon_sums(responses):
+    """Photons of each response (N,), a block at a time."""
+    starts = range(0, len(responses), 8192)
+    return np.concatenate([responses[k:k + 8192].sum((1, 2), dtype=np.int64) for k in starts])
+
+
+def above_cut(dataset, split):
+    """The Split without rows below the cut, which are hit.py's to draw; said if there are any."""
+    passed = photon_sums(dataset.responses) >= CUT
+    if not passed.all():
+        print(f"left out: {np.count_nonzero(~passed)} of {len(passed)} responses, below {CUT} photons")
+    return Split(*(rows[passed[rows]] for rows in split))
 
 
 def turned(args, dataset, rows):
     """A Dataset on the axes of the open data: those in the header of a checkpoint, else, kept there, those of
     --axes or what the training `rows` show."""
     if "axes" not in args.header:
-        few = select(dataset, rows[:orientation.SOUGHT])
+        few = select(dataset, np.random.default_rng(0).permutation(rows)[:orientation.SOUGHT])
         places = np.sinh(_features(few.particles, "physics")[:, -3:]) * PLACE_CM
         own, column = (few.particles[:, 8] == 0, 0) if args.detector == "zn" else (few.particles[:, 8] > 0, 2)
         points, responses = places[own][:, [column, 1]], few.responses[own]

@@ -7,7 +7,7 @@ o2/gan-zn-o2.onnx is a generator as O2's fast simulation of the ZDC calls it, on
 truncates to whole photons; o2/gan-zn-o2.txt has the scales of its particle. gan.py takes the ten numbers for
 its noise; all others come from a hash of the ten, so that equal inputs give equal responses. Particles that
 do not pass the cut give no light (hit.py; with `--all-hit` all do). A hash of the particle decides, so that
-O2's classifier, o2/hit-o2.onnx, knows: particle (1, 9) -> 1 if it gives light to ZN or ZP, else 0.
+O2's classifier, o2/hit-o2.onnx, knows: particle (1, 9) -> 1 if it gives light to a detector, else 0.
 
 o2/gan-zn.onnx takes any number B of them: particles (B, 9) in GeV, cm, MeV and units of e, and all noise as
 two inputs, normal (B, N) and uniform (B, U) -> counts uint16 (B, H, W) and channels float32 (B, 5), as
@@ -36,6 +36,7 @@ import latent_fm
 import metrics
 import vae
 from common import UserError
+from orientation import Axes
 from simulator import CUT, DETECTORS
 
 try:
@@ -76,13 +77,18 @@ def open_model(path):
     args = SCRIPTS[script].parse(["--load", str(path), "--detector", header["detector"]])
     make, sample = MODELS[script](args, DETECTORS[args.detector], data.CONDITIONS[args.cond])
     net, scaler = common.load_model(path, make), data.stored_scaler(args.header)
-    return args, lambda particles, key: sample(net, data.conditions(particles, scaler, jnp), key)
+    axes = Axes(**args.header.get("axes", {}))
+
+    def draw(particles, key):
+        return axes.write(sample(net, data.conditions(axes.move(particles), scaler, jnp), key))
+    return args, draw
 
 
-def open_hit(path, name):
-    """chance(particles (B, 9)) of a checkpoint of hit.py gives probabilities (B, CUT + 1)."""
-    net, scaler = hit.open_hit(path, name)
-    return lambda particles: hit.probabilities(net, data.conditions(particles, scaler, jnp))
+def open_hit(path, name, axes):
+    """chance(particles (B, 9)) of a checkpoint of hit.py: probabilities (B, CUT + 1); `axes` (a dict) are
+    its generator's, for a network that has none of its own."""
+    net, scaler, own = hit.open_hit(path, name, Axes(**axes))
+    return lambda particles: hit.probabilities(net, data.conditions(own.move(particles), scaler, jnp))
 
 
 # ------------------------------------------------------------------------------------------------------ noise
@@ -258,14 +264,14 @@ def write(folder, models):
 def export(path, folder, hit_path=None):
     """Write both forms of a generator; O2's with the network of hit.py at `hit_path`, if given."""
     args, draw = open_model(path)
-    chance = hit_path and open_hit(hit_path, args.detector)
+    chance = hit_path and open_hit(hit_path, args.detector, args.header.get("axes", {}))
     single = o2_model(draw, args.detector, chance)
     return write(folder, {path.stem: batched_model(draw), f"{path.stem}-o2": single})
 
 
 def export_hits(paths, folder):
     """Write the networks of hit.py, {detector: path}, and O2's classifier of them."""
-    chances = {name: open_hit(path, name) for name, path in paths.items()}
+    chances = {name: open_hit(path, name, {}) for name, path in paths.items()}
     models = {path.stem: hit_model(chances[name]) for name, path in paths.items()}
     return write(folder, models | {"hit-o2": classifier(chances)})
 

@@ -4,6 +4,7 @@ A file is written under another name first, so that an old one is never lost.
 """
 import functools
 import glob
+import io
 import json
 import math
 import os
@@ -113,9 +114,32 @@ def on_disk(stored, path, check):
     """The rows of an HDF5 data set that does not fit into memory, as a NumPy array that reads from disk what
     is asked for: a copy at `path`, made once, of uint16 blocks that `check` returns."""
     if not path.exists():
-        with write_atomic(path) as temporary:
-            copy = np.memmap(temporary, np.uint16, "w+", shape=stored.shape)
+        with write_atomic(path) as temporary, open(temporary, "wb") as copy:
             for start in range(0, len(stored), 8192):
-                copy[start:start + 8192] = check(stored[start:start + 8192])
-            copy.flush()
+                copy.write(check(stored[start:start + 8192]).tobytes())
     return np.memmap(path, np.uint16, "r", shape=stored.shape)
+
+
+class Sink(io.FileIO):
+    """A file for HDF5, which crashes at exit after a failed write: the first failure ends all writing."""
+    failure = None
+
+    def write(self, data):
+        rest = memoryview(data)
+        while len(rest) and not self.failure:
+            try:
+                rest = rest[super().write(rest):]   # a disk that is almost full takes a part
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return size if self.failure else super().truncate(size)
+        except OSError as error:
+            self.failure = error
+
+    def check(self):
+        """Raise the failure, if there was one."""
+        if self.failure:
+            raise self.failure

@@ -20,6 +20,7 @@ from simulator import FEATURES
 
 THIRDS = np.array([0, -1, 2, -1, 2, -1, 2, 0, 0, 0])   # charges of the quarks d, u, s, c, b, t, in e / 3
 DARK = 12, 14, 16                                      # neutrinos
+NUCLEI = 10**9                                         # ids above it
 
 
 def imported(name):
@@ -50,7 +51,6 @@ def charges(pdg):
     down = a // 100 % 10 % 2 == 1                                              # K+ is 321, of u and anti-s
     found = np.where(a // 1000 % 10 > 0, one + two + three, np.where(down, three - two, two - three))
     found = np.where(a < 100, np.isin(a, (11, 13, 15)) * -3 + np.isin(a, (24,)) * 3, found)
-    found = np.where(a > 10**9, 3 * (a // 10000 % 1000), found)                # nuclei: 10LZZZAAAI
     return np.sign(pdg) * found / 3
 
 
@@ -59,7 +59,7 @@ def check_listing(path):
     events, particles, last = 0, 0, b""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            first = file.readline()
+            first = next((line for line in file if line.strip()), b"")         # before it, HepMC2 has a blank
             for line in file:
                 events += line.startswith(b"E ")
                 particles += line.startswith(b"P ")
@@ -75,9 +75,9 @@ def check_listing(path):
 
 def read_hepmc(path, eta):
     """Final-state particles of all events with a |pseudorapidity| of at least `eta`, numbered as in the
-    file. Neutrinos are left out."""
+    file. Neutrinos and nuclei are left out."""
     pyhepmc, (events, listed) = imported("pyhepmc"), check_listing(path)
-    found, seen = [], 0
+    found, seen, nuclei = [], 0, 0
     with pyhepmc.open(str(path)) as file:
         for _ in range(events):
             if not (event := file.read()):                                     # an empty one, or damage
@@ -89,6 +89,9 @@ def read_hepmc(path, eta):
                 forward = abs(p.pz) >= np.sinh(eta) * p.pt()
                 if particle.status != 1 or abs(particle.pid) in DARK or not forward:
                     continue
+                if abs(particle.pid) > NUCLEI:
+                    nuclei += 1
+                    continue
                 vertex = particle.production_vertex
                 place = vertex.position if vertex else event.event_pos()
                 mass = 0.0 if particle.pid == 22 else 1000 * particle.generated_mass
@@ -96,6 +99,8 @@ def read_hepmc(path, eta):
                               event.event_number, particle.id))
     if seen != listed:
         raise UserError(f"{path}: damaged, {seen} of {listed} particles could be read")
+    if nuclei:
+        print(f"{path}: {nuclei} nuclei are left out, no model has seen one")
     if not found:
         raise UserError(f"{path}: no particle with |eta| of --min-eta {eta:g} or more in {events} events")
     table = np.array(found)
@@ -120,7 +125,9 @@ def read_tree(path):
                             f"expected {', '.join(FEATURES)}")
         known = [key for key in (*FEATURES, "pdg", "event", "particle") if key in file[tree]]
         table = file[tree].arrays(known, library="np")
-    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+    except UserError:
+        raise
+    except Exception as error:   # uproot raises nearly every type of error on a damaged file
         raise UserError(f"{path}: expected a ROOT file, {error}") from None
     if ragged := [key for key in known if table[key].dtype.kind not in "iuf" or table[key].ndim > 1]:
         raise UserError(f"{path}: branch {ragged[0]} is not one number for each entry")
@@ -155,7 +162,7 @@ def save_tree(path, total, blocks, **attributes):
 
 def event_sums(event, particles, channels):
     """{"event", "side" (1 where pz > 0, else -1), "channels" float32 (M, 5), "particles": how many} of each
-    side of each event, from channels (N, 5) of single particles."""
+    side of each event with a particle in the list, from channels (N, 5) of single particles."""
     keys = np.column_stack([event, np.sign(particles[:, 6]).astype(np.int64)])
     unique, which, many = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
     total = np.zeros((len(unique), 5))

@@ -23,6 +23,7 @@ import optax
 import common
 import data
 import files
+import orientation
 import simulator
 from common import MLP, UserError
 from simulator import CUT, DETECTORS, Detector
@@ -44,8 +45,8 @@ def parse(argv):
 
 def runs_before_the_cut(name, n, seed, fresh=False, copies=1, quiet=False):
     """n runs of random particles, `copies` of each, without the cut: particles (n, 9), photon sums (n,) of at
-    most CUT, and the light (H, W) of all runs with a lower sum. Every block has another list of particles, of
-    which hardly one comes twice; none of the `fresh` lists is in the others."""
+    most CUT, and the light (H, W) of all runs with a lower sum. Every block of 2000 runs has another list of
+    particles, about a thousand of which occur; none of the `fresh` lists is in the others."""
     detector, found, faint = DETECTORS[name], [], 0
     rng = np.random.default_rng([simulator.VERSION, seed, int(fresh), 10 + sorted(DETECTORS).index(name)])
     for block in common.progress(-(-n // simulator.BLOCK), f"simulating {name.upper()} runs", quiet):
@@ -65,10 +66,11 @@ def complete_list(args):
     dataset = data.load(args.data, args.detector)
     split = data.split_rows(len(dataset.pdg), args.seed)
     dataset = data.turned(args, dataset, split.train)
-    sums = np.minimum(dataset.responses.sum((1, 2)), CUT)
+    sums = np.minimum(data.photon_sums(dataset.responses), CUT)
     if (sums == CUT).all():
         raise UserError(f"{args.data}: no response has less than {CUT} photons, expected all runs of a list")
-    faint = dataset.responses[split.train][sums[split.train] < CUT].sum(0)
+    below = split.train[sums[split.train] < CUT]
+    faint = sum(dataset.responses[below[k:k + 8192]].sum(0) for k in range(0, len(below), 8192))
     parts = [(dataset.particles[rows], sums[rows]) for rows in (split.train, split.test)]
     return *parts[0], faint, parts[1]
 
@@ -96,6 +98,7 @@ def sample(net, c, key):
 def single_photons(sums, light, rng):
     """Responses uint16 (N, H, W) of `sums` (N,) photons below the cut, one by one at random fibres, each as
     often as it has its share of `light` (H, W)."""
+    light = light if light.any() else np.ones_like(light)
     flat = np.zeros((len(sums), light.size), np.uint16)
     rows = np.repeat(np.arange(len(sums)), sums)
     np.add.at(flat, (rows, rng.choice(light.size, len(rows), p=light.ravel() / light.sum())), 1)
@@ -107,23 +110,24 @@ def probabilities(net, c):
     return jax.nn.softmax(jax.vmap(net)(c))
 
 
-def open_hit(path, name):
-    """The network of a checkpoint for detector `name`, and its Scaler."""
+def open_hit(path, name, axes):
+    """The network of a checkpoint for detector `name`, its Scaler and its Axes, `axes` if it has none."""
     header = common.read_model_header(path, "hit", name, ())
-    return common.load_model(path, partial(Hit, DETECTORS[name])), data.stored_scaler(header)
+    own = orientation.Axes(**header["axes"]) if "axes" in header else axes
+    return common.load_model(path, partial(Hit, DETECTORS[name])), data.stored_scaler(header), own
 
 
-def with_misses(generate, path, name, seed):
+def with_misses(generate, path, name, seed, axes):
     """generate(particles (N, 9), number) -> uint16 (N, H, W), as that of metrics.generator, for the particles
     alone that pass the cut. The network of the checkpoint `path` draws which do, and the others' sums."""
-    net, scaler = open_hit(path, name)
+    net, scaler, own = open_hit(path, name, axes)
     draw = eqx.filter_jit(eqx.Partial(sample, net))
 
     def generate_all(particles, number):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), 2**31)  # no block's
-        sums = common.in_blocks(draw, key, data.conditions(particles, scaler))
+        sums = common.in_blocks(draw, key, data.conditions(own.move(particles), scaler))
         passed, rng = sums == CUT, np.random.default_rng([seed, number])
-        responses = single_photons(np.where(passed, 0, sums), np.asarray(net.light, float), rng)
+        responses = own.write(single_photons(np.where(passed, 0, sums), np.asarray(net.light, float), rng))
         if passed.any():
             responses[passed] = generate(particles[passed], number)
         return responses
@@ -242,6 +246,7 @@ def main(argv=None):
         particles, sums, light = runs_before_the_cut(args.detector, args.n, args.seed, quiet=args.quiet)
         tested, runs, _ = runs_before_the_cut(args.detector, RUNS * TESTED, args.seed, True, RUNS, args.quiet)
         tested, runs = tested[::RUNS], runs.reshape(-1, RUNS)
+    data.check_batch(args.batch_size, len(sums))
     plan = common.Plan(args.header, args.run, args.epochs, args.batch_size, args.lr, seed=args.seed,
                        resume=args.resume, quiet=args.quiet)
     scaler = data.fit_conditions(particles, "physics")

@@ -1,13 +1,15 @@
 """Lists of particles and the jobs that draw their responses.
 
     python fm.py --load weights/fm-zn.eqx --generate list.h5 --rows 0:8192 --out part-0.h5  one job of some
-    python lists.py part-*.h5 --out whole.h5                                 the file of one job, bit for bit
+    python lists.py part-*.h5 --out whole.h5                                 the arrays of one job, bit by bit
 
 A list is HDF5, npz, CSV or an event file (hep.py). Its responses are drawn in chunks of 8192 rows, each with
 its own key, whatever rows a job asks for.
 """
 import resource
 import time
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -15,6 +17,7 @@ import numpy as np
 
 import common
 import data
+import files
 import hep
 import hit
 import orientation
@@ -26,23 +29,47 @@ def aimed(generate, args):
     """A function like `generate` (see metrics.generator) for particles and responses on the axes of --axes or
     of the model's --data; without --all-hit, particles that miss get no response of the model."""
     axes = orientation.Axes(**args.header.get("axes", {"word": args.axes or "xy"}))
-    some = generate if args.all_hit else hit.with_misses(generate, args.hit, args.detector, args.seed)
-    return lambda particles, number: axes.write(some(axes.move(particles), number))
+    every = lambda particles, number: axes.write(generate(axes.move(particles), number))
+    return every if args.all_hit else hit.with_misses(every, args.hit, args.detector, args.seed, axes)
+
+
+def mark(args):
+    """A checksum of the list, the model and all flags that decide about responses: parts of one have one."""
+    apart = "rows", "out", "events", "quiet", "threads", "run", "command", "load", "hit", "generate", "header"
+    flags = sorted((name, str(value)) for name, value in vars(args).items() if name not in apart)
+    found = zlib.crc32(repr(flags).encode())
+    for path in (tree_file(args.generate), args.load, *([] if args.all_hit else [args.hit])):
+        found = zlib.crc32(path.read_bytes(), found)
+    return found
+
+
+def tree_file(path):
+    """The file of `file.root:NAME`."""
+    return Path(str(path).partition(".root:")[0] + ".root") if ".root:" in path.name else path
+
+
+def check_paths(args):
+    """UserError if an output would replace another one, or what is read."""
+    read = {path.resolve() for path in (args.load, tree_file(args.generate), args.hit) if path}
+    for path in (args.out, args.events):
+        if path and path.resolve() in read:
+            raise UserError(f"{path}: would replace another file of this command")
+        read |= {path.resolve()} if path else set()
 
 
 def part(text, total):
     """First row and the one after the last of --rows, "A:B" or None for all of `total` rows; a last job may
     ask for more than there are. UserError."""
     first, colon, last = (text or f"0:{total}").partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < min(int(last), total)):
+    numbers = colon and all(text.isascii() and text.isdecimal() for text in (first, last))
+    if not (numbers and int(first) < min(int(last), total)):
         raise UserError(f"--rows {text}: expected A:B with 0 <= A < B and A < {total} (rows of the list)")
     return int(first), min(int(last), total)
 
 
 def write(args, generate, channels):
     """--generate: write responses of a list, those of --rows, and their channels(responses); all or none."""
-    if args.out.resolve() in (args.load.resolve(), args.generate.resolve()):
-        raise UserError(f"{args.out}: --out would replace a file that --load or --generate reads")
+    check_paths(args)
     columns = (hep.read(args.generate, args.min_eta) if hep.is_event_file(args.generate)
                else dict(zip(("particles", "pdg"), read_particles(args.generate))))
     particles, sums = columns["particles"], []
@@ -55,17 +82,21 @@ def write(args, generate, channels):
         for start in common.progress(range(first - first % chunk, last, chunk), "generating", args.quiet):
             whole, kept = slice(start, start + chunk), slice(max(first - start, 0), last - start)
             responses = generate(particles[whole], start)[kept]                # the same for all --rows
-            sums.append(channels(responses))
-            yield {"responses": responses, "channels": sums[-1]} | {
+            found = channels(responses)
+            sums.extend([found] if args.events else [])
+            yield {"responses": responses, "channels": found} | {
                 name: column[whole][kept] for name, column in columns.items()}
 
     about = dict(detector=args.detector, script=args.script, seed=args.seed, checkpoint=str(args.load),
-                 hit="" if args.all_hit else str(args.hit))
+                 hit="" if args.all_hit else str(args.hit), mark=mark(args))
     save = hep.save_tree if args.out.suffix == ".root" else data.save_blocks
-    save(args.out, last - first, blocks(), **about, rows=(first, last, len(particles)))
-    if args.events:
-        found = hep.event_sums(columns["event"], particles, np.concatenate(sums))
-        data.save_blocks(args.events, len(found["event"]), [found], **about)
+    with files.write_atomic(args.events) if args.events else nullcontext() as temporary:
+        if temporary:
+            temporary.touch()                                                  # fails now or not at all
+        save(args.out, last - first, blocks(), **about, rows=(first, last, len(particles)))
+        if temporary:
+            found = hep.event_sums(columns["event"], particles, np.concatenate(sums))
+            data.save_blocks(temporary, len(found["event"]), [found], **about)
     rate = (last - first) / (time.perf_counter() - began)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{last - first} responses -> {args.out}; {rate:.0f} per second, at most {memory:.0f} MiB in use")
@@ -110,33 +141,36 @@ def _read_csv(path):
 def merge(paths, out):
     """Join files that --generate --rows wrote for parts of one list. UserError unless they are all of it,
     each row once, by the same model and flags. Returns the number of rows."""
-    attributes, files = {}, []
+    parts = []
     for path in paths:
         try:
             with h5py.File(path) as file:
-                attributes[path] = dict(file.attrs) | {"names": sorted(file)}
-                first, last, total = map(int, attributes[path].pop("rows"))
-        except (OSError, KeyError, ValueError, TypeError):
-            raise UserError(f"{path}: expected a file that --generate has written") from None
-        files.append((first, last, total, path))
-    files, end = sorted(files), 0
-    for first, last, total, path in files:
-        if attributes[path] != attributes[paths[0]] or total != files[0][2]:
-            raise UserError(f"{path}: made of another list, model or flags than {paths[0]}")
+                about = {name: file.attrs[name] for name in file.attrs}
+                first, last, total = map(int, about.pop("rows"))
+                whole = {len(file[name]) for name in file} == {last - first}
+                parts.append((first, last, total, int(about["mark"]), path, about))
+        except Exception:                                                      # as in data.read_hdf5
+            raise UserError(f"{path}: expected an HDF5 file that --generate has written") from None
+        if not whole or path.resolve() == out.resolve():
+            raise UserError(f"{path}: expected {last - first} rows, and another file than --out")
+    parts.sort(key=lambda part: part[:2])
+    end, about = 0, parts[0][-1]
+    for first, last, total, mark, path, _ in parts:
+        if mark != parts[0][3]:
+            raise UserError(f"{path}: made of another list, model or flags than {parts[0][4]}")
         if first != end:
             raise UserError(f"{path}: begins at row {first}, expected row {end} of {total}")
         end = last
     if end != total:
-        raise UserError(f"{path}: ends before row {end} of {total}, a part is missing")
+        raise UserError(f"{path}: ends at row {end} of {total}, a part is missing")
 
     def blocks():
-        for first, last, _, path in files:
+        for first, last, _, _, path, _ in parts:
             with h5py.File(path) as file:
                 for start in range(0, last - first, 8192):
                     yield {name: file[name][start:start + 8192] for name in file}
 
-    names = attributes[paths[0]].pop("names")
-    data.save_blocks(out, total, blocks(), **attributes[paths[0]], rows=(0, total, total))
+    data.save_blocks(out, total, blocks(), **about, rows=(0, total, total))
     return total
 
 

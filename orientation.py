@@ -37,12 +37,14 @@ class Axes(NamedTuple):
         turned = responses[..., ::-1 if across else 1, ::-1 if along else 1]
         return turned.swapaxes(-1, -2) if self.word[0] in "yY" else turned
 
-    def move(self, particles, xp=np):
+    def move(self, particles):
         """Particles (N, 9) of the file, moved and with slopes such that their straight lines meet the fibres
         of the open data."""
+        if not any(self.offset) and self.scale == 1:
+            return particles
         shift, scale = np.zeros(9, np.float32), np.ones(9, np.float32)
         shift[1:3], scale[[1, 2, 4, 5]] = self.offset, self.scale
-        return xp.asarray((particles - shift) / scale)
+        return (particles - shift) / scale
 
 
 def centres(responses, detector):
@@ -92,7 +94,8 @@ def find(points, responses, detector, word=None):
             found[name] = correlations(points[rows], turned[rows]), points[rows], turned[rows]
     best = max(found, key=lambda name: sum(found[name][0]), default=None)
     if best is None or min(found[best][0]) < CORRELATED:
-        return Axes(word or "xy"), "axes: impact points and light do not correlate; taken as in the open data"
+        word = word or "xy"
+        return Axes(word), f"axes: impact points and light do not correlate, taken as --axes {word}"
     known, x, u = found[best]
     (across, _), (along, scale) = (line(u[:, k], x[:, k]) for k in (0, 1))     # no magnet bends y
     offset = across, along

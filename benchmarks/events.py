@@ -18,6 +18,7 @@ import metrics
 import simulator
 from benchmarks.tables import ROOT, write
 from benchmarks.transfer import scores
+from orientation import Axes
 from simulator import DETECTORS
 
 EVENTS, PARTICLES = 10_000, 10
@@ -57,7 +58,7 @@ def rows(name, models):
     for model in models:
         args, draw = export.open_model(ROOT / f"weights/{model}-{name}.eqx")
         every = partial(blocks, eqx.filter_jit(draw))
-        some = hit.with_misses(every, args.hit, name, seed=0)
+        some = hit.with_misses(every, args.hit, name, 0, Axes())
         for label, generate in ((model, some), (f"{model}, --all-hit", every)):
             yield {"label": label, "measured_with": common.VERSION,
                    "seen": scores(truth, sums(generate, particles), oracle)}

@@ -145,7 +145,7 @@ def test_help_states_defaults_and_units(capsys, monkeypatch):
 
 def test_a_script_may_have_fewer_flags():
     args = common.parser("doc", "data", flags=("detector", "n"), n=7).parse_args([])
-    header = {"script": "data", "detector": "zn", "flags": {"n": 7, "data": None}}
+    header = {"script": "data", "detector": "zn", "flags": {"n": 7, "data": None, "finetune": None}}
     expected = {"script": "data", "command": "python data.py", "detector": "zn", "n": 7, "header": header}
     assert vars(args) == expected
     with pytest.raises(TypeError, match="steps"):
@@ -187,7 +187,8 @@ def own_parser():
 def test_header_holds_the_flags_that_decide_what_is_trained():
     args = own_parser().parse_args(["--width", "7", "--lr", "0.5", "--data", "a/b", "--note", "x", "--quiet"])
     assert args.header["script"] == "fm" and args.header["detector"] == "zn"
-    flags = {name: getattr(args, name) for name in ("width", *common.TRAINING)} | {"data": "a/b"}
+    flags = {name: getattr(args, name) for name in ("width", *common.TRAINING)}
+    flags |= {"data": "a/b", "finetune": None}
     assert args.header["flags"] == flags and flags["lr"] == 0.5
     assert not {"note", "quiet", "devices", "steps", "run"} & set(flags)
 
@@ -262,7 +263,7 @@ def test_devices_and_folders_are_not_replaced(path, tmp_path, monkeypatch):
 
 def test_kill_keeps_the_old_file_and_leftovers_go(checkpoint):
     old = checkpoint.read_bytes()
-    child = start(f"import common, time\n"
+    child = start(f"import files, time\n"
                   f"with files.write_atomic({str(checkpoint)!r}) as temporary:\n"
                   f"    temporary.write_bytes(b'half of a file')\n"
                   f"    print('writing', flush=True)\n"
@@ -801,7 +802,7 @@ def test_mesh_of_two_devices():
 
 
 HOST = """
-import common, jax, numpy
+import common, files, jax, numpy
 common.initialize_hosts()
 mesh = common.batch_mesh(4)
 rows = numpy.full((2, 3), 1.0 + jax.process_index())

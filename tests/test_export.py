@@ -2,6 +2,7 @@
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import files  # noqa: E402
 import graph  # noqa: E402
 import hit  # noqa: E402
 import metrics  # noqa: E402
+from orientation import Axes  # noqa: E402
 from benchmarks import events, o2, o2_call  # noqa: E402
 
 WEIGHTS = o2.ROOT / "weights"
@@ -201,6 +203,27 @@ def test_what_cannot_be_exported(name, message, tmp_path, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o2").exists()
 
 
+def test_a_model_of_a_user_keeps_its_axes(tmp_path):
+    """Its particles are moved, its responses turned, in both forms."""
+    header, net = common.load_checkpoint(WEIGHTS / "gan-zn.eqx", *gan_like())
+    axes = Axes("yX", (0.4, -0.2))
+    common.save_checkpoint(tmp_path / "gan-zn.eqx", header | {"axes": axes._asdict()}, net)
+    _, usual = export.open_model(WEIGHTS / "gan-zn.eqx")
+    _, draw = export.open_model(tmp_path / "gan-zn.eqx")
+    key = jax.random.key(1)
+    expected = axes.write(np.asarray(usual(axes.move(PARTICLES), key)))
+    np.testing.assert_array_equal(draw(PARTICLES, key), expected)
+    batched, *_ = export.export(tmp_path / "gan-zn.eqx", tmp_path, WEIGHTS / "hit-zn.eqx")
+    assert o2.compare(draw, batched, PARTICLES) == {"equal": 1.0, "furthest": 0}
+
+
+def gan_like():
+    """What load_checkpoint needs for a generator in float16."""
+    args = export.gan.parse(["--load", str(WEIGHTS / "gan-zn.eqx")])
+    make, _ = export.MODELS["gan"](args, data.DETECTORS["zn"], data.CONDITIONS["physics"])
+    return [eqx.filter_eval_shape(lambda key: common.cast(make(key), jnp.float16), jax.random.key(0))]
+
+
 # --------------------------------------------------------------------------------------- whom they give light
 
 @pytest.fixture(scope="module")
@@ -220,7 +243,7 @@ def classified(model, particles):
 
 def test_probabilities_are_those_of_jax(hits):
     particles, zn, *_ = hits
-    net, scaler = hit.open_hit(WEIGHTS / "hit-zn.eqx", "zn")
+    net, scaler, _ = hit.open_hit(WEIGHTS / "hit-zn.eqx", "zn", Axes())
     here = hit.probabilities(net, data.conditions(particles, scaler))
     np.testing.assert_allclose(zn.run(None, {"particles": particles})[0], here, atol=1e-4)
 

@@ -16,6 +16,7 @@ import files
 import hit
 import simulator
 from common import UserError
+from orientation import Axes
 from simulator import CUT, DETECTORS
 
 KEY = jax.random.key(0)
@@ -138,7 +139,7 @@ def test_generated_lists_have_empty_responses(trained):
     def generate(particles, number):
         asked.append(particles)
         return np.full((len(particles), *DETECTORS["zp"].shape), 7, np.uint16)
-    with_misses = hit.with_misses(generate, trained[0] / "model.eqx", "zp", seed=3)
+    with_misses = hit.with_misses(generate, trained[0] / "model.eqx", "zp", 3, Axes())
     made = with_misses(particles, 4)
     total = made.sum((1, 2))
     passed = total >= CUT
@@ -153,7 +154,7 @@ def test_a_list_of_misses(trained):
     """No particle passes: the model is not asked."""
     particles = hit.runs_before_the_cut("zp", 2000, 5, quiet=True)[0][:20].copy()
     particles[:, 4:6] = 0.3 * np.abs(particles[:, 6:7])                        # far off the axis
-    made = hit.with_misses(None, trained[0] / "model.eqx", "zp", seed=0)(particles, 0)
+    made = hit.with_misses(None, trained[0] / "model.eqx", "zp", 0, Axes())(particles, 0)
     assert made.shape == (20, *DETECTORS["zp"].shape) and (made.sum((1, 2)) < CUT).all()
 
 
@@ -184,7 +185,7 @@ def test_wrong_networks_are_refused(trained, tmp_path, change, message):
         header = {"script": "fm", "detector": "zp", "flags": {}, "scaler": {}}
         common.save_checkpoint(path, header, jnp.ones(1))
     with pytest.raises(UserError, match=message):
-        hit.with_misses(None, path, name, 0)
+        hit.with_misses(None, path, name, 0, Axes())
 
 
 def test_every_weight_learns():

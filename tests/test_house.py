@@ -24,10 +24,10 @@ SHARED = ("files", "common", "solvers", "plots", "simulator", "orientation", "da
 # and vqgan.py until these draw in colours as well
 BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 550,
-           "plots": 135, "data": 480, "orientation": 105, "files": 120, "lists": 145, "hep": 155,
+           "plots": 135, "data": 480, "orientation": 105, "files": 135, "lists": 175, "hep": 160,
            "checkerboard": 80, "simulator": 520, "calorimeter": 420,
-           "preprocessing": 190, "judge": 160, "hit": 245, "metrics": 725, "shower_metrics": 155,
-           "graph": 400, "export": 270, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
+           "preprocessing": 190, "judge": 160, "hit": 250, "metrics": 725, "shower_metrics": 155,
+           "graph": 400, "export": 275, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
            "benchmarks/events": 85, "benchmarks/transfer": 110, "benchmarks/tables": 410,
            "benchmarks/check": 290, "benchmarks/docs": 375}
 MARK = "# same as "

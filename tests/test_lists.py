@@ -29,13 +29,15 @@ def shrunk(small_detectors):
 def job(tmp_path, monkeypatch):
     """job(rows, **flags) writes a file of a model that draws what its key and the particle say; half miss."""
     tiny.save(tmp_path / "list.h5", data.open_data("zn", ROWS, quiet=True))
+    for name in ("model.eqx", "hit.eqx"):
+        (tmp_path / name).write_text(name)
 
     def draw(particles, number):
         rng = np.random.default_rng([number, len(particles)])
         energy = particles[:, 0].astype(int)[:, None, None]
         return (energy + rng.integers(0, 99, (len(particles), *DETECTORS["zn"].shape))).astype(np.uint16)
 
-    def with_misses(generate, path, name, seed):
+    def with_misses(generate, path, name, seed, axes):
         def some(particles, number):
             passed = np.random.default_rng(number).random(len(particles)) < 0.5
             responses = np.zeros((len(particles), *DETECTORS["zn"].shape), np.uint16)
@@ -45,7 +47,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(hit, "with_misses", with_misses)
 
     def write(rows=None, **flags):
-        path = tmp_path / f"{rows or 'all'}{'-'.join(map(str, flags.values()))}.h5".replace(":", "-")
+        path = tmp_path / f"{rows or 'all'}{'-'.join(map(str, flags))}.h5".replace(":", "-")
         given = dict(generate=tmp_path / "list.h5", load=tmp_path / "model.eqx", out=path, rows=rows,
                      axes=None, hit=tmp_path / "hit.eqx", all_hit=False, detector="zn", script="fm", seed=0,
                      quiet=True, events=None, header={}) | flags
@@ -87,7 +89,7 @@ def test_wrong_rows(rows, job):
 @pytest.mark.parametrize("parts, message", [
     (["0:50", "60:150"], "begins at row 60, expected row 50 of 150"),
     (["0:50", "40:150"], "begins at row 40, expected row 50 of 150"),
-    (["50:150"], "begins at row 50, expected row 0"), (["0:50"], "ends before row 50 of 150"),
+    (["50:150"], "begins at row 50, expected row 0"), (["0:50"], "ends at row 50 of 150"),
     (["0:50", "0:50"], "begins at row 0, expected row 50")])
 def test_gaps_and_overlaps(parts, message, job, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -96,9 +98,33 @@ def test_gaps_and_overlaps(parts, message, job, tmp_path):
 
 
 def test_parts_of_other_jobs(job, tmp_path):
-    for flags in (dict(seed=1), dict(all_hit=True), dict(script="gan")):
+    for flags in (dict(seed=1), dict(all_hit=True), dict(script="gan"), dict(steps=3)):
         with pytest.raises(UserError, match="made of another list, model or flags"):
             lists.merge([job("0:50"), job("50:150", **flags)], tmp_path / "out.h5")
+
+
+def test_parts_of_another_list_or_model(job, tmp_path):
+    parts = [job("0:50")]
+    for name in ("model.eqx", "hit.eqx", "list.h5"):
+        content = (tmp_path / name).read_bytes()
+        if name == "list.h5":
+            tiny.save(tmp_path / name, data.open_data("zn", ROWS, seed=1, quiet=True))
+        else:
+            (tmp_path / name).write_text("another")
+        with pytest.raises(UserError, match="made of another list, model or flags"):
+            lists.merge([*parts, job("50:150")], tmp_path / "out.h5")
+        (tmp_path / name).write_bytes(content)
+
+
+def test_an_output_replaces_nothing_that_is_read(job, tmp_path):
+    inputs = "list.h5", "model.eqx", "hit.eqx"
+    wrong = [{flag: tmp_path / name} for flag in ("out", "events") for name in inputs]
+    for flags in (*wrong, dict(events=tmp_path / "all.h5", out=tmp_path / "all.h5")):
+        with pytest.raises(UserError, match="would replace another file"):
+            job(**flags)
+    part = job("0:150")
+    with pytest.raises(UserError, match="another file than --out"):
+        lists.merge([part], part)
 
 
 @pytest.mark.parametrize("damage", ["text", "half", "missing", "another file"])
@@ -110,5 +136,5 @@ def test_damaged_parts(damage, job, tmp_path):
         tiny.save(bad, data.open_data("zn", ROWS, quiet=True))
     else:
         bad.write_bytes({"text": b"no", "half": bad.read_bytes()[:600]}[damage])
-    with pytest.raises(UserError, match=f"{bad.name}: expected a file that --generate has written"):
+    with pytest.raises(UserError, match=f"{bad.name}: expected an HDF5 file that --generate has written"):
         lists.merge([first, bad], tmp_path / "out.h5")

@@ -91,7 +91,7 @@ def test_nothing_correlates(sets, capsys):
     rng = np.random.default_rng(0)
     shuffled = sets["zn"]._replace(responses=rng.permutation(sets["zn"].responses))
     assert found(shuffled, "zn")[1] == Axes()
-    assert "do not correlate" in capsys.readouterr().out
+    assert "do not correlate, taken as --axes xy\n" in capsys.readouterr().out
     assert found(shuffled, "zn", "Yx")[1] == Axes("Yx")                        # --axes is believed
     assert found(data.select(sets["zn"], slice(5)), "zn")[1] == Axes()         # too few
 
