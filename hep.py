@@ -8,11 +8,9 @@ particles with the branches E, vx, vy, vz, px, py, pz in GeV and cm, mass in MeV
 pdg, event and particle; `file.root:NAME` names one tree of several.
 """
 import gzip
-from pathlib import Path
 
 import numpy as np
 
-import common
 import data
 import files
 from common import UserError

@@ -667,7 +667,7 @@ def report(args, draw, scaler, dataset, split, sizes=(1, 32, 256, 8192), **resul
     """Time `draw` on batches of `sizes` and score it on data.test_sets: print the tables, draw the pictures,
     write metrics.json into the run folder and return its content. `result`: the script's own entries, among
     them "parameters", "mflop" and "evaluations" per response."""
-    tests = data.test_sets(args, dataset, split)
+    tests, sizes = data.test_sets(args, dataset, split), (1, common.BLOCK) if args.validate else sizes
     rows = {"train": len(split.train)} | {name: len(test.pdg) for name, test in tests.items()}
     result = origin(args) | {"rows": rows} | result | common.time_sampler(draw, len(scaler.mean), sizes)
     times = ", ".join(f"{ms:.3f} (batch {size})" for size, ms in result["ms_per_response"].items())

@@ -11,7 +11,6 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-import common
 import data
 import diffusion
 import files

@@ -2,7 +2,6 @@
 import json
 
 import equinox as eqx
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
