@@ -284,7 +284,7 @@ def plan(*flags):
 def test_each_adversary_has_its_own_rate():
     """The first step of AdamW is the learning rate, for any gradient."""
     net = gan.Adversaries(*(jnp.zeros(1) for _ in range(2)))
-    optimiser = gan.make_optimiser(plan("--lr", 0.01), 10, critic_lr=3.0)
+    optimiser = gan.make_optimiser(plan("--lr", 0.1), 10, critic_lr=3.0)
     updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, net), optimiser.init(net), net)
     np.testing.assert_allclose(np.concatenate(jax.tree.leaves(updates)), [-0.01, -0.03], rtol=1e-4)
 

@@ -11,9 +11,11 @@ import calodream
 import calorimeter
 import common
 import data
+import gan
+import hit
 
 WEIGHTS = Path(common.__file__).parent / "weights"
-PATHS = sorted(path for path in WEIGHTS.glob("*.eqx") if not path.stem.startswith("calodream"))
+PATHS = sorted(path for path in WEIGHTS.glob("*.eqx") if path.stem.split("-")[0] not in ("calodream", "hit"))
 PARTICLES = 64
 
 
@@ -47,12 +49,24 @@ def test_generate(path, lists, tmp_path, monkeypatch):
     steps = ["--steps", "4"] if header["script"] in ("fm", "latent_fm", "diffusion") else []
     importlib.import_module(header["script"]).main([
         "--detector", header["detector"], "--load", str(path), *steps, "--generate", str(particles), "--out",
-        str(tmp_path / "out.h5"), "--quiet"])
+        str(tmp_path / "out.h5"), "--all-hit", "--quiet"])
     made, real = data.load(tmp_path / "out.h5", header["detector"]).responses, dataset.responses
     sums, real_sums = (counts.sum((1, 2), dtype=np.float64) for counts in (made, real))
     assert made.shape == real.shape and (made > 0).mean() == pytest.approx((real > 0).mean(), rel=0.3)
     assert sums.mean() == pytest.approx(real_sums.mean(), rel=0.3)
     assert np.corrcoef(sums, real_sums)[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("name", data.DETECTORS)
+def test_the_network_of_hits_knows_who_gives_light(name, tmp_path):
+    """Of a list before the cut, as many as the simulator's own runs, and the same ones."""
+    particles, sums, _ = hit.runs_before_the_cut(name, 2000, 9, fresh=True, copies=20, quiet=True)
+    data.save_blocks(tmp_path / "list.h5", 2000, [{"particles": particles}])
+    gan.main(["--detector", name, "--load", str(WEIGHTS / f"gan-{name}.eqx"), "--generate",
+              str(tmp_path / "list.h5"), "--out", str(tmp_path / "out.h5"), "--quiet"])
+    light = data.load(tmp_path / "out.h5", name).responses.sum((1, 2))
+    rates = [(found >= 10).reshape(-1, 20).mean(1) for found in (light, sums)]
+    assert np.corrcoef(*rates)[0, 1] > 0.95 and rates[0].mean() == pytest.approx(rates[1].mean(), abs=0.05)
 
 
 @pytest.mark.parametrize("path", sorted(WEIGHTS.glob("calodream-*.eqx")), ids=lambda path: path.stem)
