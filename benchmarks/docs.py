@@ -244,8 +244,6 @@ def networks(result):
 
 LEARNING = {"--net, epochs": key("label"), "steps": key("steps"), "minutes": at("minutes", ".1f"),
             "W": at("validation.W.value"), "R": at("validation.W.R"), "MAE": at("validation.MAE.value")}
-
-
 FLOWS = {"flow": key("flow"), "photon sums": key("sums"),
          **{name: at(name) for name in ("W", "R", *CONDITIONAL)},
          "ms per response": at("ms", ".3f"), "times faster than naive": at("ratio", ".0f")}

@@ -45,10 +45,10 @@ def scores(truth, found, oracle):
     return cells | {"light": float(found.sum() / truth.sum())}
 
 
-def trained(how, path, folder):
-    """(flags, sampler of particles and a key) of a training on the rows of a file."""
+def trained(how, number, path, folder):
+    """(flags, network, scaler) of a training on a file of so many rows."""
     steps, rate = STEPS[how]
-    size = 128 if "000" in path.stem else 64
+    size = 128 if number >= 1000 else 64
     flags = ["--data", path, "--batch-size", size, "--lr", rate, "--quiet", "--run", folder]
     begin = ["--finetune", ROOT / "weights/fm-zn.eqx"] if how == "fine-tuned" else []
     args = fm.parse([str(word) for word in (*flags, *begin)])
@@ -88,7 +88,7 @@ def rows():
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, f"{size}.h5")
                 data.save_blocks(path, size, [data.select(dataset, slice(size))._asdict()])
-                yield row(f"{size} rows, {how}", *trained(how, path, folder), test, oracle)
+                yield row(f"{size} rows, {how}", *trained(how, size, path, folder), test, oracle)
 
 
 def main(argv=None):
