@@ -261,19 +261,19 @@ def write(folder, models):
     return [folder / name for name in contents]
 
 
-def export(path, folder, hit_path=None):
-    """Write both forms of a generator; O2's with the network of hit.py at `hit_path`, if given."""
+def generator_models(path, hit_path=None):
+    """{name: model} of both forms of a generator; O2's with the network of hit.py at `hit_path`, if given."""
     args, draw = open_model(path)
     chance = hit_path and open_hit(hit_path, args.detector, args.header.get("axes", {}))
     single = o2_model(draw, args.detector, chance)
-    return write(folder, {path.stem: batched_model(draw), f"{path.stem}-o2": single})
+    return {path.stem: batched_model(draw), f"{path.stem}-o2": single}
 
 
-def export_hits(paths, folder):
-    """Write the networks of hit.py, {detector: path}, and O2's classifier of them."""
+def hit_models(paths):
+    """{name: model} of the networks of hit.py, {detector: path}, and of O2's classifier by them."""
     chances = {name: open_hit(path, name, {}) for name, path in paths.items()}
     models = {path.stem: hit_model(chances[name]) for name, path in paths.items()}
-    return write(folder, models | {"hit-o2": classifier(chances)})
+    return models | {"hit-o2": classifier(chances)}
 
 
 def main(argv=None):
@@ -286,11 +286,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     headers = {path: common.read_header(path) for path in args.models}
     hits = {header["detector"]: path for path, header in headers.items() if header["script"] == "hit"}
-    written = export_hits(hits, args.out) if hits else []
+    models = hit_models(hits) if hits else {}
     for path in [path for path, header in headers.items() if header["script"] != "hit"]:
         name = headers[path]["detector"]
         network = hits.get(name, common.WEIGHTS / f"hit-{name}.eqx")
-        written += export(path, args.out, None if args.all_hit else network)
+        models |= generator_models(path, None if args.all_hit else network)
+    written = write(args.out, models)
     for file in written:
         print(f"written: {file}")
     return written

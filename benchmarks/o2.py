@@ -62,7 +62,7 @@ def call(path, particles, seed, folder):
 def row(path, folder):
     """A row of the table for a checkpoint."""
     args, draw = export.open_model(path)
-    batched, single, _ = export.export(path, folder)
+    batched, single, _ = export.write(folder, export.generator_models(path))
     dataset, split = data.open_split(args)
     test = data.select(dataset, split.test[:ROWS])
     found = {"label": args.script, **compare(draw, batched, test.particles[:EQUAL]),

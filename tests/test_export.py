@@ -100,7 +100,7 @@ def test_noise_is_as_random_as_it_should_be(numbers):
 def exported(request, tmp_path_factory):
     """(flags, draw, files): one takes O2's numbers for its noise, the other has a latent of its own."""
     path, folder = WEIGHTS / f"{request.param}.eqx", tmp_path_factory.mktemp(request.param)
-    return *export.open_model(path), export.export(path, folder)
+    return *export.open_model(path), export.write(folder, export.generator_models(path))
 
 
 def test_any_number_of_particles_gives_jaxs_counts(exported):
@@ -213,7 +213,8 @@ def test_a_model_of_a_user_keeps_its_axes(tmp_path):
     key = jax.random.key(1)
     expected = axes.write(np.asarray(usual(axes.move(PARTICLES), key)))
     np.testing.assert_array_equal(draw(PARTICLES, key), expected)
-    batched, *_ = export.export(tmp_path / "gan-zn.eqx", tmp_path, WEIGHTS / "hit-zn.eqx")
+    models = export.generator_models(tmp_path / "gan-zn.eqx", WEIGHTS / "hit-zn.eqx")
+    batched, *_ = export.write(tmp_path, models)
     assert o2.compare(draw, batched, PARTICLES) == {"equal": 1.0, "furthest": 0}
 
 
