@@ -138,7 +138,8 @@ class Parser(argparse.ArgumentParser):
             self._check(args)
             if begin := args.load or vars(args).get("finetune"):
                 names = ("cond", "n", "split") if args.load else ("cond",)
-                kept = [*self.own, *(name for name in names if name in args)]
+                kept = [name for name in self.own if not name.endswith("epochs")]
+                kept += [name for name in names if name in args]
                 header = read_model_header(begin, args.script, args.detector, kept)
                 vars(args).update({name: header["flags"][name] for name in kept})
         if vars(args).get("threads"):

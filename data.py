@@ -408,6 +408,17 @@ def features(conditions):
     return len(with_sinusoids(jnp.zeros(conditions)))
 
 
+def brightness_features(c, detector):
+    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
+    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
+    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
+    from one about another."""
+    few = c[7:] if len(c) == CONDITIONS["physics"] else c
+    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
+    falls = vicinity(c, detector, 4)[1].sum((0, 2))
+    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+
+
 def vicinity(c, detector, size):
     """Offset of each patch from the two possible impact points (straight, bent by the dipole), from c (C,).
 

@@ -39,6 +39,7 @@ from simulator import DETECTORS, Detector
 
 NOISE = 10            # numbers into the generator, as many as ALICE O2 feeds its networks
 TRIES = 4             # noises of which the likelihood takes the best: of one, G is the same for all noise
+CRITIC = 2.0          # learning rate of the critic in units of the generator's (Heusel et al. 2017)
 SOFTNESS = 0.3        # of the step from 0 to 1 photon, on the axis 2 sqrt(n); chosen on validation rows
 FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
@@ -47,8 +48,8 @@ FACTOR_ROWS = 10_000  # training rows that --post fits its factor to
 
 def parse(argv):
     """The resolved flags of the command line."""
-    shared = tuple(name for name in common.FLAGS if name not in ("steps", "finetune"))
-    own = "counts", "loss", *Weights._fields, "warm", "critic_lr", "post"
+    shared = tuple(name for name in common.FLAGS if name != "steps")           # one pass: no steps to choose
+    own = "counts", "loss", *Weights._fields, "warm", "post"
     weight = common.number(float, 0)
     parser = common.parser(__doc__, "gan", shared, own, n=60_000, epochs=10, lr=5e-4, batch_size=128)
     parser.add_argument("--counts", choices=("sample", "round"), default="sample",
@@ -70,8 +71,6 @@ def parse(argv):
     parser.add_argument("--warm", type=common.number(int, 0), default=500, metavar="STEPS",
                         help="steps before all others in which the generator learns the likelihood alone "
                              "(default: 500)")
-    parser.add_argument("--critic-lr", type=weight, default=2.0, metavar="FACTOR",
-                        help="learning rate of the critic in units of --lr (default: 2)")
     parser.add_argument("--post", action="store_true",
                         help="fit a factor for all counts by the W of training rows")
     return parser.parse_args(argv)
@@ -243,20 +242,19 @@ def make_step(loss, optimiser, plan):
     return step
 
 
-def make_optimiser(plan, steps, critic_lr):
-    """An AdamW for each adversary, the critic's with a learning rate of its own (Heusel et al. 2017), in
-    units of the generator's."""
+def make_optimiser(plan, steps):
+    """An AdamW for each adversary, the critic's with a learning rate of its own."""
     adamw = lambda factor: common.adamw(plan._replace(lr=factor * plan.lr), steps, b1=0.5)
-    owners = {"generator": adamw(1), "critic": adamw(critic_lr)}
+    owners = {"generator": adamw(1), "critic": adamw(CRITIC)}
     return optax.partition(owners, lambda net: jax.tree.map_with_path(lambda path, _: path[0].name, net))
 
 
-def train(net, loss, arrays, rows, plan, critic_lr):
+def train(net, loss, arrays, rows, plan):
     """Minimise loss(net, *batch, key) on the given rows of `arrays`, responses (N, H, W) and conditions with
     f_div (N, C + 1), as fm.py does. Returns the Adversaries of averaged weights and {"train_seconds",
     "step_seconds"}."""
     steps = plan.epochs * (len(rows) // plan.batch_size)
-    mesh, optimiser = common.batch_mesh(plan.devices), make_optimiser(plan, steps, critic_lr)
+    mesh, optimiser = common.batch_mesh(plan.devices), make_optimiser(plan, steps)
     step, key = make_step(loss, optimiser, plan), plan.keys[1]
     with common.Logbook(plan, len(rows), steps) as book:
         state = common.replicate(book.begin(common.first_state(net, optimiser)), mesh)
@@ -430,24 +428,27 @@ def main(argv=None):
     args = parse(argv)
     common.prepare_jax()
     detector, conditions = DETECTORS[args.detector], data.CONDITIONS[args.cond]
+    make = partial(make_gan, args.counts, detector, conditions)
     if args.load:
-        net = common.load_model(args.load, partial(make_gan, args.counts, detector, conditions))
-        scaler, times = data.stored_scaler(args.header), args.header["scores"]
+        net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
+        times = args.header["scores"]
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, scaler = common.plan(args), data.fit_conditions(dataset.particles[split.train], args.cond)
+        plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         spread = np.zeros(len(dataset.pdg), np.float32)
         if args.sdi:
             spread = spreads(dataset.responses, dataset.particles, split.train)
         arrays = dataset.responses, np.column_stack([data.conditions(dataset.particles, scaler), spread])
         net = make_adversaries(args.counts, detector, conditions, plan.keys[0])
-        if not args.resume:                                                    # which has all weights saved
+        if args.finetune:                                                      # from a new critic
+            net = Adversaries(common.load_model(args.finetune, make).generator, net.critic)
+        elif not args.resume:                                                  # which has all weights saved
             warm = warm_start(net.generator, arrays, split.train, plan, args.counts, args.warm)
             net = Adversaries(warm, net.critic)
         weights = Weights(*(getattr(args, name) for name in Weights._fields))
         loss = partial(batch_loss, how=args.counts, loss=args.loss, weights=weights)
-        net, times = train(net, loss, arrays, split.train, plan, args.critic_lr)
+        net, times = train(net, loss, arrays, split.train, plan)
         net = GAN(net.generator, jnp.array(1.0))
         if args.post:
             net = fit_factor(net, args.counts, dataset, split.train[:FACTOR_ROWS], scaler, args.seed)

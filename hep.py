@@ -75,6 +75,8 @@ def read_hepmc(path, eta):
     """Final-state particles of all events with a |pseudorapidity| of at least `eta`, numbered as in the
     file. Neutrinos and nuclei are left out."""
     pyhepmc, (events, listed) = imported("pyhepmc"), check_listing(path)
+    for name in ("print_errors", "print_warnings", "debug_level"):             # ours is the one line
+        setattr(pyhepmc.Setup, name, 0)
     found, seen, nuclei = [], 0, 0
     with pyhepmc.open(str(path)) as file:
         for _ in range(events):
@@ -159,11 +161,12 @@ def save_tree(path, total, blocks, **attributes):
 
 
 def event_sums(event, particles, channels):
-    """{"event", "side" (1 where pz > 0, else -1), "channels" float32 (M, 5), "particles": how many} of each
-    side of each event with a particle in the list, from channels (N, 5) of single particles."""
-    keys = np.column_stack([event, np.sign(particles[:, 6]).astype(np.int64)])
-    unique, which, many = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    total = np.zeros((len(unique), 5))
-    np.add.at(total, which.ravel(), channels)
-    return {"event": unique[:, 0], "side": unique[:, 1].astype(np.int8), "channels": total.astype(np.float32),
-            "particles": many.astype(np.int32)}
+    """{"event", "side" (1 where pz > 0, else -1), "channels" float32 (M, 5), "particles": how many} of both
+    sides of each event with a particle in the list, from channels (N, 5) of single particles."""
+    events, which = np.unique(event, return_inverse=True)
+    place = which, (particles[:, 6] > 0).astype(int)
+    total, many = np.zeros((len(events), 2, 5)), np.zeros((len(events), 2), np.int32)
+    np.add.at(total, place, channels)
+    np.add.at(many, place, 1)
+    return {"event": events.repeat(2), "side": np.tile(np.int8([-1, 1]), len(events)),
+            "channels": total.reshape(-1, 5).astype(np.float32), "particles": many.ravel()}

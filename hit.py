@@ -176,18 +176,6 @@ def train(net, loss, arrays, rows, plan):
 
 # ---------------------------------------------------------------------------------------------------- network
 
-# same as latent_fm.py: brightness_features
-def brightness_features(c, detector):
-    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
-    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
-    from one about another."""
-    few = c[7:] if len(c) == data.CONDITIONS["physics"] else c
-    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
-    falls = data.vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
-
-
 class Hit(eqx.Module):
     """Condition c (C,) -> logits (CUT + 1,) of the photon sum. `light` (H, W) is that of runs below the cut,
     counted, not trained."""
@@ -197,11 +185,11 @@ class Hit(eqx.Module):
 
     def __init__(self, detector, key, width=128):
         self.detector, self.light = detector, jnp.zeros(detector.shape)
-        features = len(brightness_features(jnp.zeros(data.CONDITIONS["physics"]), detector))
+        features = len(data.brightness_features(jnp.zeros(data.CONDITIONS["physics"]), detector))
         self.net = MLP(key, features, width, width, width, CUT + 1)
 
     def __call__(self, c):
-        return self.net(brightness_features(c, self.detector)).astype(jnp.float32)
+        return self.net(data.brightness_features(c, self.detector)).astype(jnp.float32)
 
 
 # ----------------------------------------------------------------------------------------------------- scores

@@ -41,8 +41,7 @@ from simulator import DETECTORS, Detector
 def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "latent", "beta", "flow_epochs"
-    shared = tuple(name for name in common.FLAGS if name != "finetune")        # the encoder is not kept
-    parser = common.parser(__doc__, "latent_fm", shared, own, n=60_000, epochs=12, lr=2e-3, steps=7)
+    parser = common.parser(__doc__, "latent_fm", common.FLAGS, own, n=60_000, epochs=12, lr=2e-3, steps=7)
     parser.add_argument("--net", choices=("dense", "paper"), default="dense",
                         help="networks of both stages, ours or those of the paper (default: dense)")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both",
@@ -327,17 +326,6 @@ class DenseAutoencoder(eqx.Module):
         return (self.local(own) + self.position) * (1 + scale) + shift                           # (P, hidden)
 
 
-def brightness_features(c, detector):
-    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
-    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
-    from one about another."""
-    few = c[7:] if len(c) == data.CONDITIONS["physics"] else c
-    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
-    falls = data.vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
-
-
 class FlowBlock(eqx.Module):
     """Residual block on one vector (width,), scaled, shifted and gated by embeddings of particle and time."""
     up: Linear
@@ -367,14 +355,14 @@ class DenseFlow(eqx.Module):
 
     def __init__(self, detector, conditions, latent, key, width=112, depth=3, embedding=192, times=32):
         keys, self.detector = iter(jax.random.split(key, 5 + depth)), detector
-        seen = brightness_features(jnp.zeros(conditions), detector)
+        seen = data.brightness_features(jnp.zeros(conditions), detector)
         self.particle = [Linear(n, embedding, next(keys)) for n in (len(seen), embedding)]
         self.time, self.enter = Linear(16, times, next(keys)), Linear(latent, width, next(keys))
         self.blocks = [FlowBlock(width, embedding, times, next(keys)) for _ in range(depth)]
         self.out = Linear(width, latent, next(keys), scale=0.1)
 
     def __call__(self, z, t, c):
-        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), brightness_features(c, self.detector)
+        angles, particle = t * jnp.pi / 2 * 2.0 ** jnp.arange(8), data.brightness_features(c, self.detector)
         for layer in self.particle:
             particle = jax.nn.silu(layer(particle))
         time = jax.nn.silu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
@@ -437,7 +425,11 @@ def train_stages(args, dataset, split, scaler):
     detector, c = DETECTORS[args.detector], data.conditions(dataset.particles, scaler)
     first, second = stage_plans(common.plan(args), args.stage, args.flow_epochs)
     loss = autoencoder_loss if args.net == "dense" else partial(published_loss, beta=args.beta)
-    net = make_stage1(args.net, detector, c.shape[1], args.latent, first.keys[0])
+    shapes = args.net, detector, c.shape[1], args.latent
+    net, flow = make_stage1(*shapes, first.keys[0]), make_flow(*shapes, second.keys[0])
+    if args.finetune:                                  # from a new encoder, which learns the decoder's latent
+        old = common.load_model(args.finetune, partial(make_latent_fm, *shapes))
+        net, flow = Stage1(eqx.combine(old.autoencoder, net.autoencoder), net.features, net.critic), old.flow
     net, times = train(net, loss, (dataset.responses, c), split.train, first)
     redraw = eqx.filter_jit(eqx.Partial(reconstruct, net.autoencoder))
     score = metrics.score_reconstruction(args, redraw, scaler, dataset, split)
@@ -445,7 +437,6 @@ def train_stages(args, dataset, split, scaler):
     if args.stage == "1":
         return None, found
     codes, mean, std = encode_all(net.autoencoder, dataset.responses, c, split.train)
-    flow = make_flow(args.net, detector, c.shape[1], args.latent, second.keys[0])
     flow, times = train(flow, path_loss, (codes, c), split.train, second)
     seconds = found["stage1"]["train_seconds"] + times["train_seconds"]
     net = LatentFM(without_encoder(net.autoencoder), jnp.asarray(mean), jnp.asarray(std), flow)
@@ -464,7 +455,7 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        scaler = data.fit_conditions(dataset.particles[split.train], args.cond)
+        scaler = data.first_scaler(args, dataset.particles[split.train])
         net, found = train_stages(args, dataset, split, scaler)
         if args.stage == "1":
             return found

@@ -1,11 +1,15 @@
-"""Another detector: fm.py fine-tuned on few rows of it beside fm.py trained on them from nothing.
+"""Another detector: fm.py fine-tuned on few rows of it beside fm.py trained on them from nothing, and every
+script trained on it.
 
-    python -m benchmarks.transfer     writes benchmarks/results/transfer-zn.json, a quarter of an hour
+    python -m benchmarks.transfer            writes benchmarks/results/transfer-zn.json, a quarter of an hour
+    python -m benchmarks.transfer elsewhere  writes benchmarks/results/elsewhere-zn.json, an hour
 
 The other detector is the simulator's ZN with half as many photons again, wider showers, fibres that count
 along y and against x, and particles half a centimetre off: what somebody's own data may be to the models of
-weights/. Both trainings see the same rows; all are scored on the same test rows.
+weights/. Trainings see the same rows; all are scored on the same test rows.
 """
+import importlib
+import itertools
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,19 +23,22 @@ import fm
 import metrics
 import orientation
 import simulator
-from benchmarks.tables import ROOT, write
+from benchmarks.tables import RECIPES, ROOT, write
 from simulator import DETECTORS
 
 SIZES, TESTED = (100, 1000, 10_000, 60_000), 6000   # rows of the files, of which 70 % train
+MANY, FEW = 30_000, 1000                            # rows that every script is trained on, fine-tuned on
+SHORT = "--batch-size", 128, "--lr", 5e-4, "--epochs", 60                  # 300 steps on FEW rows
+TUNED = dict.fromkeys(("fm", "diffusion", "vae", "gan"), SHORT) | {"latent_fm": (*SHORT, "--flow-epochs", 60)}
 AXES = orientation.Axes("yX", (0.5, -0.3))
 STEPS = {"fine-tuned": (300, 5e-4), "from nothing": (1000, 2e-3)}   # with their learning rates
 
 
-def other_detector():
-    """The detector, and a Dataset of it on axes of its own."""
+def other_detector(rows, fresh=False):
+    """The detector, and a Dataset of so many rows of it on axes of its own; `fresh`: of unseen particles."""
     detector, usual = DETECTORS["zn"]._replace(light=0.84, core=1.3, spread=1.2), DETECTORS["zn"]
     DETECTORS["zn"] = detector
-    blocks = [*simulator.simulated_blocks("zn", max(SIZES) + TESTED, seed=3)]
+    blocks = [*simulator.simulated_blocks("zn", rows, seed=3, fresh=fresh)]
     DETECTORS["zn"] = usual
     responses, particles, pdg = (np.concatenate(parts) for parts in zip(*blocks))
     particles[:, 1:3] += np.float32(AXES.offset)
@@ -73,9 +80,9 @@ def row(label, args, net, scaler, test, oracle):
     return found | {"seen": scores(metrics.channels(turned.responses), made, metrics.channels(oracle))}
 
 
-def rows():
+def transfer():
     """The model as it is, then both trainings for each number of rows."""
-    detector, dataset = other_detector()
+    detector, dataset = other_detector(max(SIZES) + TESTED)
     test = data.select(dataset, slice(max(SIZES), None))
     moved = AXES.move(test.particles)
     oracle = simulator.simulate(detector, moved, test.pdg, 1000)
@@ -91,17 +98,56 @@ def rows():
                 yield row(f"{size} rows, {how}", *trained(how, size, path, folder), test, oracle)
 
 
+def elsewhere():
+    """Every script trained on MANY rows by its default command, and, where it can be, fine-tuned on FEW."""
+    detector, dataset = other_detector(MANY + TESTED)
+    tests = {"seen": data.select(dataset, slice(MANY, None)),
+             "unseen": other_detector(TESTED, fresh=True)[1]}
+    oracles = {name: simulator.simulate(detector, AXES.move(test.particles), test.pdg, 1000)
+               for name, test in tests.items()}
+    for script, rows in itertools.product(RECIPES["zn"], (MANY, FEW)):
+        begin = ["--finetune", ROOT / f"weights/{script}-zn.eqx", *TUNED.get(script, ())]
+        if rows == MANY or script in TUNED:
+            with tempfile.TemporaryDirectory() as folder:
+                path, run = Path(folder, "mine.h5"), Path(folder, "run")
+                data.save_blocks(path, rows, [data.select(dataset, slice(rows))._asdict()])
+                found = call(script, "--data", path, "--run", run, *(begin if rows == FEW else ()))
+                yield {"label": f"{script}, {rows} rows" + ", fine-tuned" * (rows == FEW),
+                       "measured_with": common.VERSION, "rows": dict.fromkeys(tests, TESTED),
+                       "train_seconds": found["train_seconds"]} | {
+                           name: drawn(script, run, test, oracles[name]) for name, test in tests.items()}
+
+
+def call(script, *flags):
+    """The main of a script for ZN."""
+    words = [str(word) for word in ("--detector", "zn", "--quiet", *flags)]
+    return importlib.import_module(script).main(words)
+
+
+def drawn(script, run, test, oracle):
+    """Scores of the responses that the model in `run` draws for the particles of a Dataset."""
+    asked, out = run / "asked.h5", run / "out.h5"
+    data.save_blocks(asked, len(test.pdg), [test._asdict()])
+    call(script, "--load", run / "model.eqx", "--generate", asked, "--out", out, "--all-hit")
+    pair = (AXES.read(responses) for responses in (test.responses, data.load(out, "zn").responses))
+    return scores(*map(metrics.channels, (*pair, oracle)))
+
+
+TABLES = {"transfer": transfer, "elsewhere": elsewhere}
+
+
 def main(argv=None):
-    """Write the table."""
+    """Write a table."""
     parser = common.parser(__doc__, "transfer", flags=())
     parser.set_defaults(detector="zn")
-    parser.parse_args(argv)
+    parser.add_argument("table", nargs="?", choices=TABLES, default="transfer", help="default: transfer")
+    args = parser.parse_args(argv)
     common.prepare_jax()
-    found = []
-    for entry in rows():
+    found, command = [], f"python -m benchmarks.transfer {args.table}".removesuffix(" transfer")
+    for entry in TABLES[args.table]():
         print(entry, flush=True)
         found.append(entry)
-        write("transfer", "zn", ROOT, rows=found, command="python -m benchmarks.transfer")
+        write(args.table, "zn", ROOT, rows=found, command=command)
 
 
 if __name__ == "__main__":

@@ -501,6 +501,28 @@ def test_vicinity_moves_with_the_impact_point():
     np.testing.assert_allclose(there[:-2, 1:, straight], here[2:, :-1, straight], atol=5e-3)
 
 
+@pytest.mark.parametrize("detector", data.DETECTORS)
+def test_what_falls_on_the_detector(detector):
+    """The same for both points of a neutral particle; less and less from the middle to far outside."""
+    detector, logs = data.DETECTORS[detector], []
+    for x in detector.centre + detector.half[0] * np.array([0, 1, 3]):
+        points = [x, 0.0, x - data.DETECTORS["zp"].centre]
+        c = jnp.concatenate([jnp.zeros(11), jnp.arcsinh(jnp.array(points) / data.PLACE_CM)])
+        logs.append(np.asarray(data.brightness_features(c, detector))[-4:])
+    assert np.allclose(np.array(logs)[:, :2], np.array(logs)[:, 2:], atol=1e-3)
+    wide, narrow = np.exp(2 * np.array(logs)[:, :2]).T
+    np.testing.assert_allclose(narrow / narrow[0], [1, 0.5, 0], atol=0.05)     # all, half on the edge, none
+    assert wide[0] > wide[1] > 3 * wide[2] > 0.1
+
+
+def test_brightness_does_not_depend_on_momentum_and_vertex():
+    c, zn = np.random.default_rng(1).normal(size=14).astype(np.float32), data.DETECTORS["zn"]
+    pair = c, np.r_[np.zeros(7), c[7:]]
+    found = [np.asarray(data.brightness_features(jnp.asarray(x), zn)) for x in pair]
+    assert np.array_equal(*found) and len(found[0]) == 7 * 7 + 4
+    assert len(data.brightness_features(jnp.zeros(9), zn)) == 7 * 9
+
+
 def test_raw_conditions_have_no_vicinity():
     offsets, bumps = data.vicinity(jnp.zeros(9), DETECTORS["zp"], 4)
     assert offsets.shape == (14 * 8, 0) and bumps.shape == (14 * 8, 0, 16)

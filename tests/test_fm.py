@@ -61,7 +61,8 @@ def run(dataset, folder, *flags, loss=fm.batch_loss):
     rows = data.split_rows(len(dataset.pdg), 0).train
     scaler = data.fit_conditions(dataset.particles[rows], args.cond)
     arrays, plan = (dataset.responses, data.conditions(dataset.particles, scaler)), common.plan(args)
-    return fm.train(make(), partial(loss, how=args.counts, end=args.exit), arrays, rows, plan)
+    net = common.first_network(args, lambda key: make(), plan)
+    return fm.train(net, partial(loss, how=args.counts, end=args.exit), arrays, rows, plan)
 
 
 def losses(folder):
@@ -501,6 +502,13 @@ def test_finetuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
     nets = [common.load_model(path, make) for path in (model, tmp_path / "run" / "model.eqx")]
     for a, b in zip(*map(jax.tree.leaves, nets), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+
+
+def test_a_cut_off_finetuning_resumes(trained, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "time", tiny.clock())
+    begin = "--finetune", trained[0] / "model.eqx", "--epochs", 3
+    again = lambda *flags: run(dataset, tmp_path, *begin, *flags)[0]
+    tiny.assert_resume_is_as_uninterrupted(again, tmp_path, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------- generating

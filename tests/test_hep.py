@@ -103,7 +103,7 @@ BAD_HEPMC = {
 
 
 @pytest.mark.parametrize("damage", BAD_HEPMC)
-def test_bad_hepmc(damage, dataset, tmp_path):
+def test_bad_hepmc(damage, dataset, tmp_path, capfd):
     path = tmp_path / ("a.hepmc.gz" if "gzip" in damage else "a.hepmc")
     row = dataset.particles[0].copy()
     if damage == "broken energy":
@@ -124,6 +124,7 @@ def test_bad_hepmc(damage, dataset, tmp_path):
     with pytest.raises(UserError, match=BAD_HEPMC[damage]) as error:
         hep.read(path, 6.0)
     assert path.name in str(error.value) and "\n" not in str(error.value)
+    assert not capfd.readouterr().err                                          # nor does the library say more
 
 
 @pytest.mark.parametrize("lead", [b"", b"\n"])
@@ -236,15 +237,17 @@ def test_responses_come_back_from_root(job):
 
 
 def test_sums_over_events(job, tmp_path):
-    """By brute force, one side after the other."""
+    """By brute force, one side after the other, also where no particle flew."""
     path = job("out.h5", events=tmp_path / "sums.h5")
     with h5py.File(path) as file, h5py.File(tmp_path / "sums.h5") as sums:
         side, total = np.sign(file["particles"][:, 6]), 0
+        assert sorted(zip(sums["event"], sums["side"])) == [
+            (event, here) for event in np.unique(file["event"]) for here in (-1, 1)]
         columns = (sums[key] for key in ("event", "side", "channels", "particles"))
         for event, here, channels, number in zip(*columns):
             mine = (file["event"][:] == event) & (side == here)
             np.testing.assert_allclose(channels, file["channels"][:][mine].sum(0), rtol=1e-5)
-            assert number == mine.sum() > 0
+            assert number == mine.sum()
             total += number
         assert total == 200
 

@@ -326,28 +326,6 @@ def test_size_of_the_papers_autoencoder():
     assert code.shape == (2, 11, 11, 4)
 
 
-@pytest.mark.parametrize("detector", data.DETECTORS)
-def test_what_falls_on_the_detector(detector):
-    """The same for both points of a neutral particle; less and less from the middle to far outside."""
-    detector, logs = data.DETECTORS[detector], []
-    for x in detector.centre + detector.half[0] * np.array([0, 1, 3]):
-        points = [x, 0.0, x - data.DETECTORS["zp"].centre]
-        c = jnp.concatenate([jnp.zeros(11), jnp.arcsinh(jnp.array(points) / data.PLACE_CM)])
-        logs.append(np.asarray(latent_fm.brightness_features(c, detector))[-4:])
-    assert np.allclose(np.array(logs)[:, :2], np.array(logs)[:, 2:], atol=1e-3)
-    wide, narrow = np.exp(2 * np.array(logs)[:, :2]).T
-    np.testing.assert_allclose(narrow / narrow[0], [1, 0.5, 0], atol=0.05)     # all, half on the edge, none
-    assert wide[0] > wide[1] > 3 * wide[2] > 0.1
-
-
-def test_brightness_does_not_depend_on_momentum_and_vertex():
-    c, zn = np.random.default_rng(1).normal(size=14).astype(np.float32), data.DETECTORS["zn"]
-    pair = c, np.r_[np.zeros(7), c[7:]]
-    found = [np.asarray(latent_fm.brightness_features(jnp.asarray(x), zn)) for x in pair]
-    assert np.array_equal(*found) and len(found[0]) == 7 * 7 + 4
-    assert len(latent_fm.brightness_features(jnp.zeros(9), zn)) == 7 * 9
-
-
 def test_what_is_conditioned_on_the_particle(small_detectors):
     """The flow, and of our autoencoder what the impact points change; the paper's takes none."""
     detector, z, grid = data.DETECTORS["zn"], jnp.ones(3), jnp.ones((3, 3, 3))
@@ -400,6 +378,18 @@ def test_saved_and_loaded(trained, tmp_path, monkeypatch):
     c = np.random.default_rng(0).normal(size=(64, 14)).astype(np.float32)
     assert np.array_equal(draw(c, KEY), again(c, KEY))
     assert flags == result["flags"] and found == {name: result[name] for name in found}
+
+
+def test_finetuning_starts_from_decoder_and_flow(trained, tmp_path):
+    """Without a learning rate they are the same in the end; the length of a training is not the old one's."""
+    old, new = trained[0] / "model.eqx", tmp_path / "model.eqx"
+    flags = "--n 700 --epochs 1 --flow-epochs 2 --batch-size 64 --steps 2 --lr 0 --validate --quiet".split()
+    latent_fm.main([*flags, "--finetune", str(old), "--run", str(tmp_path)])
+    make = partial(latent_fm.make_latent_fm, "dense", data.DETECTORS["zn"], 14, 32)
+    nets = [common.load_model(path, make) for path in (old, new)]
+    for a, b in zip(*(jax.tree.leaves((net.autoencoder, net.flow)) for net in nets), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+    assert common.read_header(new)["flags"]["flow_epochs"] == 2
 
 
 def test_one_stage_after_the_other(trained, tmp_path, monkeypatch):
