@@ -51,7 +51,7 @@ REMOVALS = "floor", "round", "floor-renormalise", "round-renormalise", "scale-fl
 def parse(argv):
     """The resolved flags of the command line."""
     own = *(name for stage in STAGES for name in OWN[stage] if name != "epochs"), "sampler"
-    shared = tuple(name for name in common.FLAGS if name not in ("steps", "finetune"))
+    shared = tuple(name for name in common.FLAGS if name not in ("steps", "finetune"))   # no teacher is kept
     parser = common.parser(__doc__, "iaf", shared, own, n=60_000, epochs=3, batch_size=64, lr=2e-3)
     parser.add_argument("--net", choices=NETWORKS, default="local",
                         help="blocks of both flows, ours or those of the papers (default: local)")

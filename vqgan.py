@@ -47,7 +47,7 @@ AHEAD = 48                              # tokens that the masked prior learns to
 def parse(argv):
     """The resolved flags of the command line."""
     own = "variant", "tokens", "counts", "particle", "prior", "prior_epochs", "prior_batch"
-    shared = tuple(name for name in common.FLAGS if name != "finetune")
+    shared = tuple(name for name in common.FLAGS if name != "finetune")        # no encoder, no tokens
     parser = common.parser(__doc__, "vqgan", shared, own, n=60_000, epochs=6, lr=2e-3, steps=8)
     parser.add_argument("--variant", choices=("vqvae", "vqgan"), default="vqvae",
                         help="train the autoencoder by likelihood alone (vqvae) or, with --counts round, "

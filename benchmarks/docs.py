@@ -179,12 +179,12 @@ def printed(root):
 COUNTS = {"--counts": key("label"), **scored("seen"),
           "singles, % of lit (real)": beside("seen.marginals.single_percent", ".1f", "real"),
           "evaluations": key("evaluations"), "training, min": minutes}
-AUTOENCODERS = {"encoder and decoder, latent": key("label"), **PUBLISHED, **TEST, "ms per response": MS,
-                "parameters": key("parameters"), "training, min": minutes}
-DISPERSION = {f"dispersion{kind.replace('_', ', ')} (oracle)": beside(f"seen.dispersion{kind}", ".3f")
-              for kind in ("", "_gamma", "_n", "_p", "_Lambda")}           # of all, in version 0.1.0 by type
-ADVERSARIES = {"model": key("label"), **PUBLISHED, **TEST, **AUC, **DISPERSION, "factor": at("factor"),
-               "training, min": minutes}
+VALIDATED = {"W": at("validation.W.value"), "R": at("validation.W.R"),
+             "MAE (oracle)": beside("validation.MAE")}
+NETWORK = {"parameters": key("parameters"), "MFLOP": at("mflop", ".1f")}
+AUTOENCODERS = {"encoder and decoder, latent": key("label"), **PUBLISHED, **VALIDATED, **NETWORK}
+ADVERSARIES = {"model": key("label"), **PUBLISHED, **VALIDATED, "factor": at("factor")}
+PRIORS = {"--prior": key("label"), **VALIDATED, "evaluations": key("evaluations"), **NETWORK}
 STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
@@ -199,6 +199,10 @@ HITS = {"detector": key("detector"), "Brier score (oracle)": beside("Brier score
 HITS |= {f"bin {k + 1}": lambda row, k=k: "{:.3f} ({:.3f})".format(*row["reliability"][k]) for k in range(10)}
 EVENTS = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
           "MAE (oracle)": beside("seen.MAE"), "light, % of the simulator's": at("seen.light", ".1f", 100)}
+ELSEWHERE = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
+             "MAE (oracle)": beside("seen.MAE"), "light, %": at("seen.light", ".1f", 100),
+             "R, unseen": at("unseen.W.R"), "MAE (oracle), unseen": beside("unseen.MAE"),
+             "light, %, unseen": at("unseen.light", ".1f", 100)}
 TRANSFER = {"fm.py": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
             "MAE (oracle)": beside("seen.MAE"), "light, %": at("seen.light", ".1f", 100)}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
@@ -221,7 +225,7 @@ def temperatures(result):
     rows = {k: {"top-k": k or "all"} for k in tables.TOP_KS}
     for row in result["rows"]:
         flags = tables.flags_of(row["command"])
-        if flags.get("steps", "8") == "8":
+        if "temperature" in flags:
             column = f"{100 * float(flags['temperature']):.0f}"
             rows[int(flags["top-k"])][column] = row["validation"]["W"]["value"]
     return list(rows.values())
@@ -330,16 +334,16 @@ TABLES = {
     "counts": lambda root: tabled(root, "counts", columns=COUNTS),
     "autoencoders": lambda root: tabled(root, "autoencoders", columns=AUTOENCODERS),
     "adversaries": lambda root: tabled(root, "adversaries", columns=ADVERSARIES),
-    "stabilisers": lambda root: tabled(root, "stabilisers", columns=ADVERSARIES),
     "students": lambda root: tabled(root, "students", columns=STUDENTS, rows=students),
     "steps": lambda root: tabled(root, "fm-sweep", "latent_fm-sweep", "diffusion-sweep", columns=STEPS),
     "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=lambda result: [
-        row for row in result["rows"] if "temperature 1, top-k 0" in row["label"]]),
+        row for row in result["rows"] if row["label"].startswith("steps")]),
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
-    "gpt": lambda root: tabled(root, "vqgan-gpt-sweep", columns=TEMPERATURES, rows=temperatures),
+    "priors": lambda root: tabled(root, "priors", columns=PRIORS),
     "o2": lambda root: tabled(root, "o2", columns=O2),
     "hits": lambda root: markdown(HITS, load(root, "weights", ["hit"])),
     "transfer": lambda root: tabled(root, "transfer", columns=TRANSFER),
+    "elsewhere": lambda root: tabled(root, "elsewhere", columns=ELSEWHERE),
     "events": lambda root: tabled(root, "events", columns=EVENTS),
     "networks": lambda root: tabled(root, "networks", columns=NETWORKS, rows=networks),
     "learning": lambda root: tabled(root, "learning", columns=LEARNING, rows=lambda result: tables.learning(

@@ -91,7 +91,7 @@ def tables(detector):
                      "latent_fm, published network": "latent_fm.py --net paper --epochs 5 --flow-epochs 10"},
         "counts": {how: f"fm.py --n 20000 --counts {how}" for how in ("round", "floor", "sample")},
         "autoencoders": {label: vae.format(*label.split(", ")) for label in PUBLISHED["autoencoders"]},
-        "adversaries": {label: f"gan.py --epochs 3 --validate {flags}" for label, flags in ADVERSARIES.items()},
+        "adversaries": {label: f"gan.py --epochs 2 --validate {ADVERSARIES[label]}" for label in ADVERSARIES},
         "students": {label: f"iaf.py --student-epochs 1 {flags}" for label, flags in STUDENTS.items()},
         "channels": {"direct estimates": "channels.py"},
         "learning": {f"{net}, {n}": f"fm.py --net {net} --batch-size 128 --epochs {n} --validate"

@@ -11,111 +11,39 @@ weights/. Trainings see the same rows; all are scored on the same test rows.
 import importlib
 import itertools
 import tempfile
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
-import equinox as eqx
 import numpy as np
 
 import common
 import data
-import fm
 import metrics
 import orientation
 import simulator
 from benchmarks.tables import RECIPES, ROOT, write
 from simulator import DETECTORS
 
+AXES = orientation.Axes("yX", (0.5, -0.3))
 SIZES, TESTED = (100, 1000, 10_000, 60_000), 6000   # rows of the files, of which 70 % train
+STEPS = {"fine-tuned": (300, 5e-4), "fine-tuned, scaling refitted": (300, 5e-4),
+         "from nothing": (1000, 2e-3)}              # with their learning rates
 MANY, FEW = 30_000, 1000                            # rows that every script is trained on, fine-tuned on
 SHORT = "--batch-size", 128, "--lr", 5e-4, "--epochs", 60                  # 300 steps on FEW rows
 TUNED = dict.fromkeys(("fm", "diffusion", "vae", "gan"), SHORT) | {"latent_fm": (*SHORT, "--flow-epochs", 60)}
-AXES = orientation.Axes("yX", (0.5, -0.3))
-STEPS = {"fine-tuned": (300, 5e-4), "from nothing": (1000, 2e-3)}   # with their learning rates
 
 
 def other_detector(rows, fresh=False):
-    """The detector, and a Dataset of so many rows of it on axes of its own; `fresh`: of unseen particles."""
-    detector, usual = DETECTORS["zn"]._replace(light=0.84, core=1.3, spread=1.2), DETECTORS["zn"]
-    DETECTORS["zn"] = detector
-    blocks = [*simulator.simulated_blocks("zn", rows, seed=3, fresh=fresh)]
-    DETECTORS["zn"] = usual
+    """A Dataset of so many rows of the detector, on axes of its own, and channels of the same particles run
+    again; `fresh`: of unseen particles."""
+    detector = DETECTORS["zn"]._replace(light=0.84, core=1.3, spread=1.2)
+    with mock.patch.dict(DETECTORS, zn=detector):
+        blocks = [*simulator.simulated_blocks("zn", rows, seed=3, fresh=fresh)]
     responses, particles, pdg = (np.concatenate(parts) for parts in zip(*blocks))
+    again = simulator.simulate(detector, particles[-TESTED:], pdg[-TESTED:], 1000)
     particles[:, 1:3] += np.float32(AXES.offset)
-    return detector, data.Dataset(AXES.write(responses), particles, pdg)
-
-
-def scores(truth, found, oracle):
-    """W, MAE and light of channels (N, 5), beside those of another run of the simulator."""
-    cells = {name: metrics.cell([score(truth, found)], [score(truth, oracle)], "oracle")
-             for name, score in (("W", metrics.wasserstein), ("MAE", metrics.mae))}
-    return cells | {"light": float(found.sum() / truth.sum())}
-
-
-def trained(how, number, path, folder):
-    """(flags, network, scaler) of a training on a file of so many rows."""
-    steps, rate = STEPS[how]
-    size = 128 if number >= 1000 else 64
-    flags = ["--data", path, "--batch-size", size, "--lr", rate, "--quiet", "--run", folder]
-    begin = ["--finetune", ROOT / "weights/fm-zn.eqx"] if how == "fine-tuned" else []
-    args = fm.parse([str(word) for word in (*flags, *begin)])
-    dataset, split = data.open_split(args)
-    plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
-    plan = plan._replace(epochs=max(1, round(steps * size / len(split.train))))
-    arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-    make = partial(fm.make_network, args.net, args.counts, DETECTORS["zn"], len(scaler.mean))
-    loss = partial(fm.batch_loss, how=args.counts, end=args.exit)
-    net, _ = fm.train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
-    return args, net, scaler
-
-
-def row(label, args, net, scaler, test, oracle):
-    """A row of the table, on the axes of the open data."""
-    turned = data.turned(args, test, np.arange(len(test.pdg)))
-    draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=DETECTORS["zn"].shape, how=args.counts,
-                                      end=args.exit, steps=args.steps))
-    made = metrics.channels(metrics.generator(draw, scaler, 0)(turned.particles, 0))
-    found = {"label": label, "axes": args.header["axes"]["word"], "measured_with": common.VERSION,
-             "rows": {"seen": len(test.pdg)}}
-    return found | {"seen": scores(metrics.channels(turned.responses), made, metrics.channels(oracle))}
-
-
-def transfer():
-    """The model as it is, then both trainings for each number of rows."""
-    detector, dataset = other_detector(max(SIZES) + TESTED)
-    test = data.select(dataset, slice(max(SIZES), None))
-    moved = AXES.move(test.particles)
-    oracle = simulator.simulate(detector, moved, test.pdg, 1000)
-    args = fm.parse(["--load", str(ROOT / "weights/fm-zn.eqx")])
-    make = partial(fm.make_network, args.net, args.counts, DETECTORS["zn"], data.CONDITIONS[args.cond])
-    usual = common.load_model(args.load, make), data.stored_scaler(args.header)
-    yield row("weights/fm-zn.eqx", args, *usual, test, oracle)
-    for size in SIZES:
-        for how in STEPS:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, f"{size}.h5")
-                data.save_blocks(path, size, [data.select(dataset, slice(size))._asdict()])
-                yield row(f"{size} rows, {how}", *trained(how, size, path, folder), test, oracle)
-
-
-def elsewhere():
-    """Every script trained on MANY rows by its default command, and, where it can be, fine-tuned on FEW."""
-    detector, dataset = other_detector(MANY + TESTED)
-    tests = {"seen": data.select(dataset, slice(MANY, None)),
-             "unseen": other_detector(TESTED, fresh=True)[1]}
-    oracles = {name: simulator.simulate(detector, AXES.move(test.particles), test.pdg, 1000)
-               for name, test in tests.items()}
-    for script, rows in itertools.product(RECIPES["zn"], (MANY, FEW)):
-        begin = ["--finetune", ROOT / f"weights/{script}-zn.eqx", *TUNED.get(script, ())]
-        if rows == MANY or script in TUNED:
-            with tempfile.TemporaryDirectory() as folder:
-                path, run = Path(folder, "mine.h5"), Path(folder, "run")
-                data.save_blocks(path, rows, [data.select(dataset, slice(rows))._asdict()])
-                found = call(script, "--data", path, "--run", run, *(begin if rows == FEW else ()))
-                yield {"label": f"{script}, {rows} rows" + ", fine-tuned" * (rows == FEW),
-                       "measured_with": common.VERSION, "rows": dict.fromkeys(tests, TESTED),
-                       "train_seconds": found["train_seconds"]} | {
-                           name: drawn(script, run, test, oracles[name]) for name, test in tests.items()}
+    return data.Dataset(AXES.write(responses), particles, pdg), metrics.channels(again)
 
 
 def call(script, *flags):
@@ -124,13 +52,59 @@ def call(script, *flags):
     return importlib.import_module(script).main(words)
 
 
-def drawn(script, run, test, oracle):
-    """Scores of the responses that the model in `run` draws for the particles of a Dataset."""
-    asked, out = run / "asked.h5", run / "out.h5"
-    data.save_blocks(asked, len(test.pdg), [test._asdict()])
-    call(script, "--load", run / "model.eqx", "--generate", asked, "--out", out, "--all-hit")
-    pair = (AXES.read(responses) for responses in (test.responses, data.load(out, "zn").responses))
-    return scores(*map(metrics.channels, (*pair, oracle)))
+def trained(script, rows, folder, *flags):
+    """A training on the rows of a Dataset: the checkpoint."""
+    path, run = folder / "mine.h5", folder / "run"
+    data.save_blocks(path, len(rows.pdg), [rows._asdict()])
+    call(script, "--data", path, "--run", run, "--validate", *flags)
+    return run / "model.eqx"
+
+
+def scores(script, model, test, again, *flags):
+    """W, MAE and light of the channels of responses that a checkpoint draws for the particles of a Dataset,
+    beside those of the simulator run again."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, out = Path(folder, "asked.h5"), Path(folder, "out.h5")
+        data.save_blocks(asked, len(test.pdg), [test._asdict()])
+        call(script, "--load", model, "--generate", asked, "--out", out, "--all-hit", *flags)
+        truth, made = (metrics.channels(AXES.read(responses))
+                       for responses in (test.responses, data.load(out, "zn").responses))
+    cells = {name: metrics.cell([score(truth, made)], [score(truth, again)], "oracle")
+             for name, score in (("W", metrics.wasserstein), ("MAE", metrics.mae))}
+    return cells | {"light": float(made.sum() / truth.sum())}
+
+
+def transfer():
+    """The model as it is, then the trainings for each number of rows."""
+    dataset, again = other_detector(max(SIZES) + TESTED)
+    test, weights = data.select(dataset, slice(-TESTED, None)), ROOT / "weights/fm-zn.eqx"
+    usual = scores("fm", weights, test, again, "--axes", AXES.word)
+    yield {"label": "weights/fm-zn.eqx", "seen": usual}
+    refit = mock.patch.object(data, "first_scaler", lambda args, particles: data.fit_conditions(
+        particles, args.cond))
+    for rows, (how, (steps, rate)) in itertools.product(SIZES, STEPS.items()):
+        size = 128 if rows >= 1000 else 64
+        flags = "--batch-size", size, "--lr", rate, "--epochs", max(1, round(steps * size / (0.7 * rows)))
+        begin = ("--finetune", weights) if how != "from nothing" else ()
+        with tempfile.TemporaryDirectory() as folder, refit if "refitted" in how else nullcontext():
+            model = trained("fm", data.select(dataset, slice(rows)), Path(folder), *flags, *begin)
+            yield {"label": f"{rows} rows, {how}", "seen": scores("fm", model, test, again)}
+
+
+def elsewhere():
+    """Every script trained on MANY rows by its default command, and, where it can be, fine-tuned on FEW."""
+    dataset, again = other_detector(MANY + TESTED)
+    tests = {"seen": (data.select(dataset, slice(-TESTED, None)), again),
+             "unseen": other_detector(TESTED, fresh=True)}
+    for script, rows in itertools.product(RECIPES["zn"], (MANY, FEW)):
+        if rows == FEW and script not in TUNED:
+            continue
+        begin = "--finetune", ROOT / f"weights/{script}-zn.eqx", *TUNED.get(script, ())
+        with tempfile.TemporaryDirectory() as folder:
+            mine = data.select(dataset, slice(rows))
+            model = trained(script, mine, Path(folder), *(begin if rows == FEW else ()))
+            found = {name: scores(script, model, *test) for name, test in tests.items()}
+            yield {"label": f"{script}, {rows} rows" + ", fine-tuned" * (rows == FEW)} | found
 
 
 TABLES = {"transfer": transfer, "elsewhere": elsewhere}
@@ -144,9 +118,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     common.prepare_jax()
     found, command = [], f"python -m benchmarks.transfer {args.table}".removesuffix(" transfer")
-    for entry in TABLES[args.table]():
-        print(entry, flush=True)
-        found.append(entry)
+    for row in TABLES[args.table]():
+        parts = {name: TESTED for name in ("seen", "unseen") if name in row}
+        found.append(row | {"measured_with": common.VERSION, "rows": parts})
+        print(found[-1], flush=True)
         write(args.table, "zn", ROOT, rows=found, command=command)
 
 

@@ -83,7 +83,7 @@ def test_collected_rows_are_repeated_by_the_commands_of_the_tables(path):
     assert path.stem == f"{name}-{detector}" and result["versions"] and "device" in result
     known = tables.tables(detector).get(name)
     if known is None:
-        assert name in ("check", "o2", "events", "transfer") or name in tables.COMPARISONS
+        assert name in ("check", "o2", "events", "transfer", "elsewhere") or name in tables.COMPARISONS
     else:
         whole = tables.commands(name, known, detector)
         assert [row["command"] for row in result["rows"]] == [whole[row["label"]] for row in result["rows"]]
@@ -92,7 +92,7 @@ def test_collected_rows_are_repeated_by_the_commands_of_the_tables(path):
 def test_list_prints_every_command(capsys):
     tables.main(["--list", "--detector", "zp"])
     out = capsys.readouterr().out
-    flags = "--detector zp --epochs 3 --sdi 0.1 --post --run runs/tables/adversaries-zp/sdi-gan-post"
+    flags = "--detector zp --epochs 2 --validate --loss plain --post --run runs/tables/adversaries-zp/gan-post"
     assert f"python gan.py {flags}\n" in out
     assert all(f"{name}:" in out for name in (*tables.tables("zp"), *tables.COMPARISONS))
 
@@ -196,19 +196,19 @@ def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
 
 
 def test_the_other_detector_is_brighter_and_turned(monkeypatch):
-    monkeypatch.setattr(transfer, "SIZES", (1500,))
     monkeypatch.setattr(transfer, "TESTED", 500)
     usual = simulator.DETECTORS["zn"]
-    detector, dataset = transfer.other_detector()
-    assert simulator.DETECTORS["zn"] == usual != detector and len(dataset.pdg) == 2000
+    dataset, channels = transfer.other_detector(2000)
+    assert simulator.DETECTORS["zn"] == usual and len(dataset.pdg) == 2000
     args = fm.parse([])
     turned = data.turned(args, dataset, np.arange(2000))
     assert args.header["axes"]["word"] == "yX"
     np.testing.assert_allclose(args.header["axes"]["offset"], transfer.AXES.offset, atol=0.05)
     again = simulator.simulate(usual, turned.particles, turned.pdg, 0)
     assert 1.2 < turned.responses.sum() / again.sum() < 1.6
-    scores = transfer.scores(*(metrics.channels(responses) for responses in (turned.responses, again, again)))
-    assert scores["W"]["R"] == scores["MAE"]["R"] == 1 and scores["light"] < 0.9
+    truth = metrics.channels(turned.responses[-500:])
+    assert channels.sum() == pytest.approx(truth.sum(), rel=0.02)
+    assert metrics.mae(truth, channels) < 0.3 * truth.mean()                   # of the same particles
 
 
 # --------------------------------------------------------------------------------- comparisons in one process
