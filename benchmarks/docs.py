@@ -178,7 +178,7 @@ def printed(root):
 
 COUNTS = {"--counts": key("label"), **scored("seen"),
           "singles, % of lit (real)": beside("seen.marginals.single_percent", ".1f", "real"),
-          "evaluations": key("evaluations"), "training, min": minutes}
+          "evaluations": key("evaluations")}
 VALIDATED = {"W": at("validation.W.value"), "R": at("validation.W.R"),
              "MAE (oracle)": beside("validation.MAE")}
 NETWORK = {"parameters": key("parameters"), "MFLOP": at("mflop", ".1f")}
