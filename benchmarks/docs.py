@@ -184,7 +184,6 @@ VALIDATED = {"W": at("validation.W.value"), "R": at("validation.W.R"),
 NETWORK = {"parameters": key("parameters"), "MFLOP": at("mflop", ".1f")}
 AUTOENCODERS = {"encoder and decoder, latent": key("label"), **PUBLISHED, **VALIDATED, **NETWORK}
 ADVERSARIES = {"model": key("label"), **PUBLISHED, **VALIDATED, "factor": at("factor")}
-PRIORS = {"--prior": key("label"), **VALIDATED, "evaluations": key("evaluations"), **NETWORK}
 STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
@@ -339,7 +338,6 @@ TABLES = {
     "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=lambda result: [
         row for row in result["rows"] if row["label"].startswith("steps")]),
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
-    "priors": lambda root: tabled(root, "priors", columns=PRIORS),
     "o2": lambda root: tabled(root, "o2", columns=O2),
     "hits": lambda root: markdown(HITS, load(root, "weights", ["hit"])),
     "transfer": lambda root: tabled(root, "transfer", columns=TRANSFER),
