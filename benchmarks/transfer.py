@@ -60,25 +60,29 @@ def trained(script, rows, folder, *flags):
     return run / "model.eqx"
 
 
-def scores(script, model, test, again, *flags):
-    """W, MAE and light of the channels of responses that a checkpoint draws for the particles of a Dataset,
-    beside those of the simulator run again."""
+def scores(truth, found, oracle):
+    """W, MAE and light of channels (N, 5), beside those of another run of the simulator."""
+    cells = {name: metrics.cell([score(truth, found)], [score(truth, oracle)], "oracle")
+             for name, score in (("W", metrics.wasserstein), ("MAE", metrics.mae))}
+    return cells | {"light": float(found.sum() / truth.sum())}
+
+
+def drawn(script, model, test, again, *flags):
+    """The scores of responses that a checkpoint draws for the particles of a Dataset."""
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder, "asked.h5"), Path(folder, "out.h5")
         data.save_blocks(asked, len(test.pdg), [test._asdict()])
         call(script, "--load", model, "--generate", asked, "--out", out, "--all-hit", *flags)
         truth, made = (metrics.channels(AXES.read(responses))
                        for responses in (test.responses, data.load(out, "zn").responses))
-    cells = {name: metrics.cell([score(truth, made)], [score(truth, again)], "oracle")
-             for name, score in (("W", metrics.wasserstein), ("MAE", metrics.mae))}
-    return cells | {"light": float(made.sum() / truth.sum())}
+    return scores(truth, made, again)
 
 
 def transfer():
     """The model as it is, then the trainings for each number of rows."""
     dataset, again = other_detector(max(SIZES) + TESTED)
     test, weights = data.select(dataset, slice(-TESTED, None)), ROOT / "weights/fm-zn.eqx"
-    usual = scores("fm", weights, test, again, "--axes", AXES.word)
+    usual = drawn("fm", weights, test, again, "--axes", AXES.word)
     yield {"label": "weights/fm-zn.eqx", "seen": usual}
     refit = mock.patch.object(data, "first_scaler", lambda args, particles: data.fit_conditions(
         particles, args.cond))
@@ -88,7 +92,7 @@ def transfer():
         begin = ("--finetune", weights) if how != "from nothing" else ()
         with tempfile.TemporaryDirectory() as folder, refit if "refitted" in how else nullcontext():
             model = trained("fm", data.select(dataset, slice(rows)), Path(folder), *flags, *begin)
-            yield {"label": f"{rows} rows, {how}", "seen": scores("fm", model, test, again)}
+            yield {"label": f"{rows} rows, {how}", "seen": drawn("fm", model, test, again)}
 
 
 def elsewhere():
@@ -103,7 +107,7 @@ def elsewhere():
         with tempfile.TemporaryDirectory() as folder:
             mine = data.select(dataset, slice(rows))
             model = trained(script, mine, Path(folder), *(begin if rows == FEW else ()))
-            found = {name: scores(script, model, *test) for name, test in tests.items()}
+            found = {name: drawn(script, model, *test) for name, test in tests.items()}
             yield {"label": f"{script}, {rows} rows" + ", fine-tuned" * (rows == FEW)} | found
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # both before JAX is first imported
+os.environ["JAX_PLATFORMS"] = "cpu"  # all before JAX is first imported
+os.environ["OMP_NUM_THREADS"] = "1"  # else the trees of two processes wait for each other
 # Most of the time goes into compiling: a third of it without optimisation and, up to jax 0.11, without
 # the emitters of fusions in MLIR (a later one does not know this option of the back end and ignores it).
 XLA_FLAGS = (" --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"

@@ -20,15 +20,14 @@ SHARED = ("files", "common", "solvers", "plots", "simulator", "orientation", "da
 # scores showers itself. calorimeter.py is data.py and simulator.py of its detector in one, preprocessing.py
 # what its networks see of it.
 # vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks
-# The network of fm.py sees the neighbours of each patch; data.py finds them, and has the count laws of vae.py
-# and vqgan.py until these draw in colours as well
+# The network of fm.py sees the neighbours of each patch; data.py finds them, and what decides the brightness
 BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 550,
-           "plots": 135, "data": 480, "orientation": 105, "files": 135, "lists": 175, "hep": 160,
+           "plots": 135, "data": 490, "orientation": 105, "files": 135, "lists": 175, "hep": 160,
            "checkerboard": 80, "simulator": 520, "calorimeter": 420,
            "preprocessing": 190, "judge": 160, "hit": 250, "metrics": 725, "shower_metrics": 155,
            "graph": 400, "export": 275, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
-           "benchmarks/events": 85, "benchmarks/transfer": 120, "benchmarks/tables": 410,
+           "benchmarks/events": 85, "benchmarks/transfer": 125, "benchmarks/tables": 410,
            "benchmarks/check": 290, "benchmarks/docs": 375}
 MARK = "# same as "
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): path.read_text()
