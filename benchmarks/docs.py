@@ -196,14 +196,12 @@ HITS = {"detector": key("detector"), "Brier score (oracle)": beside("Brier score
         "log score, nats (oracle)": beside("log score", ".4f"),
         "pass, % (runs)": beside("passed", ".2f", "real", 100)}
 HITS |= {f"bin {k + 1}": lambda row, k=k: "{:.3f} ({:.3f})".format(*row["reliability"][k]) for k in range(10)}
-EVENTS = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
-          "MAE (oracle)": beside("seen.MAE"), "light, % of the simulator's": at("seen.light", ".1f", 100)}
-ELSEWHERE = {"model": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
-             "MAE (oracle)": beside("seen.MAE"), "light, %": at("seen.light", ".1f", 100),
+LIGHT = {"W": at("seen.W.value"), "R": at("seen.W.R"), "MAE (oracle)": beside("seen.MAE")}
+EVENTS = {"model": key("label"), **LIGHT, "light, % of the simulator's": at("seen.light", ".1f", 100)}
+TRANSFER = {"fm.py": key("label"), **LIGHT, "light, %": at("seen.light", ".1f", 100)}
+ELSEWHERE = {"model": key("label"), **LIGHT, "light, %": at("seen.light", ".1f", 100),
              "R, unseen": at("unseen.W.R"), "MAE (oracle), unseen": beside("unseen.MAE"),
              "light, %, unseen": at("unseen.light", ".1f", 100)}
-TRANSFER = {"fm.py": key("label"), "W": at("seen.W.value"), "R": at("seen.W.R"),
-            "MAE (oracle)": beside("seen.MAE"), "light, %": at("seen.light", ".1f", 100)}
 CONDITIONAL = "MAE", "MAE_c", "MAE_cw", "MAE_cond"
 STUDENTS = {"student": key("label"), "photon sums": key("sums"), "W": at("scores.W.value"),
             "R": at("scores.W.R"), **{f"{name} (oracle)": beside(f"scores.{name}") for name in CONDITIONAL}}

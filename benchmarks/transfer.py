@@ -71,7 +71,7 @@ def drawn(script, model, test, again, *flags):
     """The scores of responses that a checkpoint draws for the particles of a Dataset."""
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder, "asked.h5"), Path(folder, "out.h5")
-        data.save_blocks(asked, len(test.pdg), [test._asdict()])
+        data.save_blocks(asked, len(test.pdg), [{"particles": test.particles}])
         call(script, "--load", model, "--generate", asked, "--out", out, "--all-hit", *flags)
         truth, made = (metrics.channels(AXES.read(responses))
                        for responses in (test.responses, data.load(out, "zn").responses))
@@ -100,15 +100,15 @@ def elsewhere():
     dataset, again = other_detector(MANY + TESTED)
     tests = {"seen": (data.select(dataset, slice(-TESTED, None)), again),
              "unseen": other_detector(TESTED, fresh=True)}
-    for script, rows in itertools.product(RECIPES["zn"], (MANY, FEW)):
-        if rows == FEW and script not in TUNED:
-            continue
-        begin = "--finetune", ROOT / f"weights/{script}-zn.eqx", *TUNED.get(script, ())
-        with tempfile.TemporaryDirectory() as folder:
-            mine = data.select(dataset, slice(rows))
-            model = trained(script, mine, Path(folder), *(begin if rows == FEW else ()))
-            found = {name: drawn(script, model, *test) for name, test in tests.items()}
-            yield {"label": f"{script}, {rows} rows" + ", fine-tuned" * (rows == FEW)} | found
+    for script in RECIPES["zn"]:
+        cases = {f"{script}, {MANY} rows": (MANY, ())}
+        if script in TUNED:
+            begin = "--finetune", ROOT / f"weights/{script}-zn.eqx", *TUNED[script]
+            cases[f"{script}, {FEW} rows, fine-tuned"] = FEW, begin
+        for label, (rows, flags) in cases.items():
+            with tempfile.TemporaryDirectory() as folder:
+                model = trained(script, data.select(dataset, slice(rows)), Path(folder), *flags)
+                yield {"label": label} | {name: drawn(script, model, *test) for name, test in tests.items()}
 
 
 TABLES = {"transfer": transfer, "elsewhere": elsewhere}
