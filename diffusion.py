@@ -28,6 +28,7 @@ import common
 import data
 import metrics
 import papers
+import solvers
 from common import Linear, normalise
 from simulator import DETECTORS, Detector
 
@@ -36,27 +37,23 @@ ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, LENGTH))        # abar_t: Ho et al
 END = int(np.argmin(np.abs(np.sqrt(1 / ABAR - 1) - 2 / 3)))   # t at which counts are drawn: noise of 2/3
 BRIGHTEST = 4000.0   # photons in a fibre at most: four times the brightest of the open data
 ODDS = 4             # 0 to 3 photons have odds of their own, in data.count_loss
-# Of the sampler, chosen on validation rows
-SPACING = 0.6        # below 1: the first steps are longer, at times when x_t is little but noise
-AHEAD = 1.3          # how much further than a smooth path needs second-order steps extrapolate
-MOST = int(SPACING * (LENGTH - 1 - END))                      # steps
+SPACING = 0.6        # of DDIM's steps: the first ones are longer, at times when x_t is little but noise
+MOST = int(SPACING * (LENGTH - 1 - END))                      # of them
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse(argv):
     """The resolved flags of the command line."""
-    parser = common.parser(__doc__, "diffusion", own=("net",), n=60_000, epochs=12, lr=2e-3)
+    own = "net", "steps"
+    parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=4)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
                         help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
-    parser.add_argument("--solver", choices=("ddim", "second"), default="second",
-                        help="DDIM, or fewer steps of second order (default: second)")
+    parser.add_argument("--ddim", type=common.number(int, 1, MOST), metavar="N",
+                        help="draw in N steps of DDIM instead of --steps of a fitted solver")
     parser.add_argument("--eta", type=common.number(float, 0, 1), default=0.7, metavar="ETA",
-                        help="fresh noise in each step: 0 none, 1 as much as DDPM (default: 0.7)")
-    args = parser.parse_args(argv)
-    if args.steps > MOST:
-        parser.error(f"--steps {args.steps}: expected at most {MOST}, more would meet a time twice")
-    return args
+                        help="fresh noise in each step of DDIM: 0 none, 1 as much as DDPM (default: 0.7)")
+    return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -105,7 +102,7 @@ def count_distribution(maps, x):
 def lit_odds(x, t):
     """log p(x_t | one photon) / p(x_t | none) of each fibre, for x_0 = 2 and 0; t in units of LENGTH. The
     network sees what x_t alone says of it, since sums of x_t over many dark fibres are all noise."""
-    abar = jnp.take(ABAR, jnp.round(t * LENGTH).astype(int))
+    abar = jnp.interp(t * LENGTH, np.arange(LENGTH), ABAR)
     return 2 * jnp.sqrt(abar) * (x - jnp.sqrt(abar)) / jnp.maximum(1 - abar, 0.0025)
 
 
@@ -134,38 +131,63 @@ def ddim_step(x, x0, now, then, eta, noise):
     return jnp.sqrt(then) * x0 + kept * noise_in(x, x0, now) + eta * noise     # [Comparison, Eq. 12]
 
 
-def extrapolations(abar):
-    """r of each step (steps,), with which Eq. 12 takes x^_0 + r (x^_0 - x^_0 of the step before). With AHEAD
-    = 1 and eta = 0 a step is exact where x^_0 is linear in the signal's share of x_t; DPM-Solver++(2M) of Lu
-    et al. 2022 is so in the logarithm of signal to noise, which grows too fast at first."""
-    ratio = np.sqrt(abar / (1 - abar))                                         # of signal to noise
-    share = ratio / (1 + ratio)
-    mean = 1 - np.diff(np.log1p(ratio)) / np.diff(ratio) - share[:-1]          # rise of the share in a step
-    return AHEAD * np.append(0, mean[1:] / np.diff(share)[:-1])
-
-
-def sample(net, c, key, shape, steps, solver, eta):
-    """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    start_key, step_key, count_key = jax.random.split(key, 3)
+def ddim(net, x, c, key, steps, eta):
+    """From noise x (B, H, W) of particles c (B, C) to x_t at END, by DDIM."""
     path = np.linspace(0, 1, steps + 1)**SPACING                               # from noise to the end
     t = LENGTH - 1 - np.round((LENGTH - 1 - END) * path).astype(int)
     abar = ABAR[t]
-    r = extrapolations(abar) if solver == "second" else np.zeros(steps)
-    maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t / LENGTH, c)
 
-    def step(carry, row):
-        x, before = carry
-        t, now, then, r, key = row
-        level, lit = jax.vmap(factors)(maps(x, t), x)
-        x0 = jnp.clip(level * jax.nn.sigmoid(lit), 0, 2 * BRIGHTEST**0.5)    # the loss never clips
+    def step(x, row):
+        t, now, then, key = row
         noise = jax.random.normal(key, x.shape) if eta else 0
-        return (ddim_step(x, x0 + r * (x0 - before), now, then, eta, noise), x0), None
+        return ddim_step(x, predicted(net, x, t, c), now, then, eta, noise), None
 
-    x = jax.random.normal(start_key, (len(c), *shape))
-    rows = t[:-1], abar[:-1], abar[1:], r, jax.random.split(step_key, steps)
     # XLA is slow on loops on a CPU: ten steps unrolled
-    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows, unroll=min(steps, 10))
-    location, scale, odds = jax.vmap(count_distribution)(maps(x, END), x)
+    rows = t[:-1], abar[:-1], abar[1:], jax.random.split(key, steps)
+    return jax.lax.scan(step, x, rows, unroll=min(steps, 10))[0]
+
+
+def predicted(net, x, t, c):
+    """x^_0 of x_t (B, H, W) of particles c (B, C), in the range of the data: the loss never clips."""
+    level, lit = jax.vmap(factors)(jax.vmap(net, (0, None, 0))(x, t / LENGTH, c), x)
+    return jnp.clip(level * jax.nn.sigmoid(lit), 0, 2 * BRIGHTEST**0.5)
+
+
+# The share of the signal in x_t. As it rises from 0 to 1, y = x_t / (sqrt(abar) + sqrt(1 - abar)) follows, by
+# Eq. 12 with eta = 0, dy / dshare = x^_0 - epsilon^: a path as that of fm.py.
+SHARE = np.sqrt(ABAR) / (np.sqrt(ABAR) + np.sqrt(1 - ABAR))
+
+
+def path(net, c):
+    """dy / ds of particles c (B, C), a function of y (B, H, W) and of s, the share in units of that at END."""
+    def slope(y, s):
+        share = s * SHARE[END]
+        length = jnp.sqrt(share**2 + (1 - share)**2)                           # sqrt(abar) = share / length
+        t = jnp.interp(share, SHARE[::-1], np.arange(LENGTH)[::-1])
+        x0 = predicted(net, y / length, t, c)
+        return SHARE[END] * (x0 - noise_in(y / length, x0, (share / length)**2))
+
+    return slope
+
+
+def fit_solver(net, c, shape, steps):
+    """The network with a solver of `steps` evaluations for it, fitted to paths of particles c (M, C)."""
+    y0 = jax.random.normal(jax.random.key(0), (len(c), *shape))
+    return solvers.Solved(net, solvers.fit(lambda y, s, c: path(net, c)(y, s), y0, c, steps, "bns-global"))
+
+
+def sample(model, c, key, shape, steps=None, eta=0.0):
+    """Draw one response for each condition c (B, C), by the fitted solver or in `steps` of DDIM: photon counts
+    uint16 (B, H, W)."""
+    start_key, step_key, count_key = jax.random.split(key, 3)
+    x = jax.random.normal(start_key, (len(c), *shape))
+    if steps:
+        x = ddim(model.net, x, c, step_key, steps, eta)
+    else:
+        y = solvers.integrate(path(model.net, c), x, model.solver, unroll=True)
+        x = y * (np.sqrt(ABAR[END]) + np.sqrt(1 - ABAR[END]))
+    maps = jax.vmap(model.net, (0, None, 0))(x, END / LENGTH, c)
+    location, scale, odds = jax.vmap(count_distribution)(maps, x)
     return data.as_uint16(data.draw_counts(location, scale, count_key, odds))
 
 
@@ -338,24 +360,28 @@ def main(argv=None):
     args = parse(argv)
     common.prepare_jax()
     detector = DETECTORS[args.detector]
-    make = partial(make_network, args.net, detector, data.CONDITIONS[args.cond])
+    network = partial(make_network, args.net, detector, data.CONDITIONS[args.cond])
+    make = partial(solvers.unfitted, network, args.steps)
     if args.load:
-        net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
+        model, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
         times = args.header["scores"]
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
         plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(common.first_network(args, make, plan), batch_loss, arrays, split.train, plan)
-        net = common.save_model(args.run, args.header, scaler, times, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, steps=args.steps, solver=args.solver,
-                                      eta=args.eta))
+        first = common.first_network(args, make, plan).net
+        net, times = train(first, batch_loss, arrays, split.train, plan)
+        c = arrays[1][split.train[:solvers.FITTED]]
+        model = fit_solver(net, c, detector.shape, args.steps)
+        model = common.save_model(args.run, args.header, scaler, times, model)
+    draw = eqx.filter_jit(eqx.Partial(sample, model, shape=detector.shape, steps=args.ddim, eta=args.eta))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),))
-    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps, solver=args.solver,
-                          eta=args.eta, evaluations=args.steps + 1, **times)
+    cost = common.network_cost(model.net, detector.shape, (), (len(scaler.mean),))
+    steps = args.ddim or args.steps
+    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=steps, evaluations=steps + 1,
+                          **times)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,18 @@ def runge_kutta(method, steps):
     return Solver(*(jnp.asarray(x, jnp.float32) for x in (times, np.ones(len(times)), b)))
 
 
-def integrate(v, x0, solver):
+class Solved(eqx.Module):
+    """A generative model: a network and the solver that is fitted to it."""
+    net: eqx.Module
+    solver: Solver
+
+
+def unfitted(make, steps, key):
+    """The network make(key) with the method of Euler, of the same shapes as a Solved one of `steps`."""
+    return Solved(make(key), runge_kutta("euler", steps))
+
+
+def integrate(v, x0, solver, unroll=1):
     """Follow dx/dt = v(x, t) from noise x_0 at t = 0 to data at t = 1; all velocities are kept."""
     def step(carry, row):
         x, seen = carry
@@ -52,10 +63,14 @@ def integrate(v, x0, solver):
         return (a * x0 + jnp.tensordot(b, seen, 1), seen), None                # [CaloDREAM, Eq. 15]
 
     seen = jnp.zeros((len(solver.times), *x0.shape))
-    return jax.lax.scan(step, (x0, seen), (jnp.arange(len(seen)), *solver))[0][0]
+    return jax.lax.scan(step, (x0, seen), (jnp.arange(len(seen)), *solver), unroll=unroll)[0][0]
 
 
 # ------------------------------------------------------------------------------------------- bespoke solvers
+
+FITTED = 128       # particles whose paths a solver is fitted to
+ITERATIONS = 200   # of Adam, for either error
+
 
 def trajectories(v, x0, points=33):
     """x and v (points, ...) at equal times of trajectories that start at x_0: midpoint method, four steps
@@ -113,18 +128,15 @@ def global_error(parameters, v, x0, ends):
     return jnp.mean((integrate(v, x0, solver) - ends)**2), solver
 
 
-def descend(loss, parameters, iterations, rate, batches=None):
-    """Adam on loss(parameters, *batch) -> (value, Solver); the Solver of the smallest value."""
-    adam = optax.adam(optax.cosine_decay_schedule(rate, iterations))
-    step = eqx.filter_jit(jax.value_and_grad(loss, has_aux=True))
-    state, best, kept = adam.init(parameters), np.inf, None
-    for k in range(iterations):
-        (value, solver), gradient = step(parameters, *(batches(k) if batches else ()))
-        if value < best:
-            best, kept = float(value), solver
+def descend(loss, parameters, rate, batches):
+    """Adam on loss(parameters, *batches(k)) -> (value, Solver); the last Solver."""
+    adam = optax.adam(optax.cosine_decay_schedule(rate, ITERATIONS))
+    step, state = eqx.filter_jit(jax.grad(loss, has_aux=True)), adam.init(parameters)
+    for k in range(ITERATIONS):
+        gradient, solver = step(parameters, *batches(k))
         updates, state = adam.update(gradient, state)
         parameters = optax.apply_updates(parameters, updates)
-    return kept
+    return solver
 
 
 def fit(v, x0, c, steps, how, batch=32):
@@ -135,10 +147,10 @@ def fit(v, x0, c, steps, how, batch=32):
     parts = [run(x0[k:k + batch], c[k:k + batch]) for k in range(0, len(c), batch)]
     xs, vs = (jnp.concatenate(part, axis=1) for part in zip(*parts))           # (points, M, ...)
     # as arguments: XLA would fold constants of their size for minutes
-    solver = descend(local_fit, jnp.full(steps, 1 / steps), 200, 0.1 / steps, lambda k: (xs, vs))
+    solver = descend(local_fit, jnp.full(steps, 1 / steps), 0.1 / steps, lambda k: (xs, vs))
     if how == "bns":
         return solver
     theta = jnp.diff(jnp.append(solver.times, 1.0))
     rows = lambda k: [array[np.arange(k * batch, (k + 1) * batch) % len(c)] for array in (x0, c, xs[-1])]
     loss = lambda numbers, x0, c, ends: global_error(numbers, lambda x, t: v(x, t, c), x0, ends)
-    return descend(loss, (theta, solver.a, solver.b), 200, 1e-3, rows)
+    return descend(loss, (theta, solver.a, solver.b), 1e-3, rows)

@@ -397,9 +397,10 @@ class Autoencoder(eqx.Module):
         self.detector, self.variant = detector, variant
         self.latent = conditions if variant == "supervised" else latent
         self.noise = latent if vae else NOISE if noisy else 0                  # numbers into a new latent
-        features = data.features(conditions)
-        self.embedding = None if noisy else MLP(keys[0], features, width, width, width)
-        self.generator = MLP(keys[1], features + NOISE, width, width, latent) if noisy else None
+        known = len(data.brightness_features(jnp.zeros(conditions), detector))
+        self.embedding = None if noisy else MLP(keys[0], known, width, width, width)
+        features = data.features(conditions) + NOISE
+        self.generator = MLP(keys[1], features, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, width, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
@@ -408,7 +409,7 @@ class Autoencoder(eqx.Module):
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
     def embed(self, c):
-        return self.embedding(data.with_sinusoids(c))
+        return self.embedding(data.brightness_features(c, self.detector))
 
     def encode(self, x, c):
         """(L,), for "vae" mean and log of the standard deviation (2 L,)."""

@@ -7,7 +7,7 @@ A row whose run folder holds the metrics.json of its command is not run again, o
 resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
 GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
 them. `networks` and `flows` compare costs in one process, in which all take turns; `solvers` is
-Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx.
+Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx, `steps` the same for fm.py and diffusion.py.
 """
 import itertools
 import json
@@ -26,6 +26,7 @@ import calodream
 import calorimeter
 import common
 import data
+import diffusion
 import files
 import fm
 import iaf
@@ -55,8 +56,6 @@ ADVERSARIES = {"GAN": "--loss plain", "GAN, post": "--loss plain --post", "GAN +
 STUDENTS = {"base": "--channel-loss 0 --light-loss 0", "channel": "--no-diversity --light-loss 0",
             "channel and diversity": "--light-loss 0",                     # so far [IAF, Table 1]
             "channel, diversity and light": ""}
-SOLVERS = {"--solver ddim --eta 0.7": (11, 25, 50), "--solver second --eta 0.7": (5, 8, 11, 16, 25)}
-SOLVERS |= {f"--solver second --eta {eta}": (11,) for eta in (0, 0.3, 0.5, 0.85, 1)}   # [Comparison, Fig. 7]
 LEARNING = ("paper", 5), ("dense", 1), ("dense", 2), ("dense", 5)          # networks of fm.py, epochs
 TEMPERATURES, TOP_KS = (0.8, 0.9, 1, 1.1, 1.2), (64, 0)                    # [Poster, Fig. 7]; 0: all tokens
 
@@ -81,7 +80,6 @@ def tables(detector):
         return {"results": {"calodream": whole, "calodream-latent": "calodream.py --latent --epochs 8"}}
     weights, rows = f"weights/{{}}-{detector}.eqx", f"--n {data.ROWS[detector]}"
     vae = "vae.py --arch {} --variant {} --epochs 3 --validate"
-    solvers = [f"{solver} --steps {n}" for solver, steps in SOLVERS.items() for n in steps]
     tokens = [f"--temperature {t} --top-k {k}" for k in TOP_KS for t in TEMPERATURES]
     passes = [f"--steps {n}" for n in (2, 4, 8, 16, 32)]
     return {
@@ -96,9 +94,7 @@ def tables(detector):
         "channels": {"direct estimates": "channels.py"},
         "learning": {f"{net}, {n}": f"fm.py --net {net} --batch-size 128 --epochs {n} --validate"
                      for net, n in LEARNING},
-        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 5, 8, 11, 16, 32)]),
         "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
-        "diffusion-sweep": sweep("diffusion", weights, solvers),
         "vqgan-sweep": sweep("vqgan", weights, passes + tokens),
         "priors": {prior: f"vqgan.py --prior {prior} --validate" for prior in ("masked", "gpt")}}
 
@@ -106,12 +102,8 @@ def tables(detector):
 def sweep(script, load, cases):
     """The sampler of a trained model with other flags, scored on validation rows."""
     load = load.format(script)
-    return {label_of(flags): f"{script}.py --load {load} {flags} --validate" for flags in cases}
-
-
-def label_of(flags):
-    """The flags as a label: "--solver ddim --steps 5" -> "ddim, steps 5"."""
-    return flags.removeprefix("--solver ").removeprefix("--").replace(" --", ", ")
+    label = lambda flags: flags.removeprefix("--").replace(" --", ", ")
+    return {label(flags): f"{script}.py --load {load} {flags} --validate" for flags in cases}
 
 
 def commands(name, rows, detector):
@@ -192,10 +184,6 @@ def run_table(name, rows, detector, root=ROOT):
         figures = dict(zip(("W", "MAE", "RMSE"), published.get(label, ())))
         found[label] = collected(label, command, result) | {"published": figures}
         write(name, detector, root, rows=[found[label] for label in whole if label in found])
-    if name.endswith("-sweep") and found:
-        script, _, sweep = name.partition("-")
-        path = root / "pictures" / f"{script}-{detector}-{sweep}.png"
-        plot_sweep(path, [found[label] for label in whole if label in found])
     if name == "learning" and found:
         rows = learning([found[label] for label in whole if label in found], detector, root)
         path = root / f"pictures/fm-{detector}-learning.png"
@@ -204,22 +192,6 @@ def run_table(name, rows, detector, root=ROOT):
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-
-SETTINGS = "solver", "eta", "steps", "temperature", "top-k"   # the flags that a sweep changes
-PANELS = {"steps": "steps", "ms per response": "steps", "eta": "eta", "temperature": "temperature"}
-
-
-def curves(rows, quantity):
-    """{other flags: [(value, ms per response, W), ...]} where at least three rows differ in it alone."""
-    found = {}
-    for row in rows:
-        flags = {name: value for name, value in flags_of(row["command"]).items() if name in SETTINGS}
-        if quantity in flags:
-            point = float(flags.pop(quantity)), row["ms_per_response"]["256"], row["validation"]["W"]["value"]
-            label = label_of(" ".join(f"--{name} {value}" for name, value in flags.items()))
-            found.setdefault(label, []).append(point)
-    return {label: sorted(points) for label, points in found.items() if len(points) > 2}
-
 
 def ticks(axes):
     """Numbers at 1, 2, 5 or closer on the logarithmic axes of a panel."""
@@ -243,25 +215,6 @@ def plot_lines(path, rows, line, panels):
         axes.set(xlabel=x, ylabel=y.replace("_", ", "), xscale="log", yscale="log" if y == "W" else "linear")
         ticks(axes)
     axes.legend(frameon=False)
-    with files.write_atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def plot_sweep(path, rows):
-    """Draw W on validation rows against steps, their time, eta and temperature, the legend above the axes."""
-    from matplotlib.figure import Figure
-    panels = {name: curves(rows, quantity) for name, quantity in PANELS.items() if curves(rows, quantity)}
-    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
-    for axis, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for label, points in found.items():
-            line = sorted((point[name == "ms per response"], point[2]) for point in points)
-            axis.plot(*zip(*line), marker="o", markersize=4, label=label or "model")
-        if oracle := rows[0]["validation"]["W"]["oracle"]:
-            axis.axhline(oracle, color="0.5", linestyle="--", label="oracle")
-        log = PANELS[name] == "steps"
-        axis.set(xlabel=name, ylabel="W", yscale="log", xscale="log" if log else "linear")
-        ticks(axis)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
     with files.write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -307,13 +260,14 @@ def networks(detector):
     for name in fm.NETWORKS:
         how = "round" if name == "paper" else "sample"
         args = fm.parse(["--detector", detector, "--net", name, "--counts", how])
+        solver = methods.runge_kutta("euler", args.steps)
         plan, end = common.plan(args), args.exit if how == "sample" else 1.0
         make = eqx.filter_jit(partial(fm.make_network, name, how, DETECTORS[detector], conditions))
         counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *shape)).astype(np.uint16)
         c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
         step = fm.make_step(partial(fm.batch_loss, how=how, end=end), optimiser, plan)
         net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
-        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps))
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, methods.Solved(net, solver), shape=shape, how=how, end=end))
         functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(draw, c, key)
         cost = common.network_cost(net, shape, (), (conditions,))
@@ -406,7 +360,43 @@ def solvers(detector, root=ROOT):
     return {"rows": rows, "showers": len(test.energies)}
 
 
-COMPARISONS = {"networks": networks, "flows": flows, "solvers": solvers}
+# Evaluations of the path of fm.py and diffusion.py, and steps of DDIM [Comparison, Fig. 7]
+FITTED, DDIM, PICTURES = (2, 3, 4, 5, 8, 11), (11, 25, 50), 12_000
+
+
+def steps(detector, root=ROOT):
+    """Scores and times of fm.py and diffusion.py against steps, for the networks of weights/ and the first
+    PICTURES validation rows."""
+    sizes, rows = (DETECTORS[detector], data.CONDITIONS["physics"]), []
+    shape, path = sizes[0].shape, partial("{}/weights/{}-{}.eqx".format, root)
+    at_exit = dict(end=fm.parse(["--load", path("fm", detector), "--detector", detector]).exit)
+    cases = {"fm": (fm, partial(fm.make_network, "dense", "sample"), partial(fm.fit_solver, **at_exit),
+                    partial(fm.sample, how="sample", **at_exit)),
+             "diffusion": (diffusion, partial(diffusion.make_network, "dense"), diffusion.fit_solver,
+                           diffusion.sample)}
+    for name, (script, make, fit, sample) in cases.items():
+        args = script.parse(["--load", path(name, detector), "--detector", detector])
+        model = common.load_model(args.load, partial(methods.unfitted, partial(make, *sizes), args.steps))
+        scaler, (dataset, split) = data.stored_scaler(args.header), data.open_split(args)
+        test = data.select(dataset, split.validation[:PICTURES])
+        c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
+        real = metrics.summarise(test.responses)
+        fitted = {("fitted", n): (fit(model.net, c, shape, steps=n), {}) for n in FITTED}
+        others = {("DDIM", n): (model, dict(steps=n, eta=0.7)) for n in DDIM} if script is diffusion else {}
+        for (kind, n), (solved, flags) in (fitted | others).items():
+            draw = eqx.filter_jit(eqx.Partial(sample, solved, shape=shape, **flags))
+            made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
+            scores = metrics.quick_scores(args, test, made, f"{name}, {n} steps, {kind}")
+            pair = metrics.judge_pair(real, metrics.summarise(made), test.particles, args.seed)
+            rows.append({"label": f"{name}, {kind}", "steps": n, "rows": {"validation": len(made)},
+                         "validation": scores, "W": scores["W"]["value"], **pair["scores"],
+                         **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
+    path = root / f"pictures/steps-{detector}.png"
+    plot_lines(path, rows, "label", [("steps", "W"), ("steps", "AUC_high")])
+    return {"rows": rows}
+
+
+COMPARISONS = {"networks": networks, "flows": flows, "solvers": solvers, "steps": steps}
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -14,11 +14,14 @@ import calorimeter
 import channels
 import common
 import data
+import diffusion
 import files
 import fm
 import iaf
 import metrics
 import simulator
+import solvers
+import tiny
 from benchmarks import check, docs, tables, transfer
 from common import UserError
 
@@ -162,24 +165,7 @@ def test_published_figures_stand_beside_the_rows_of_zn(folder):
     assert found["rows"][0]["published"] == {}
 
 
-# ----------------------------------------------------------------------------------------------------- sweeps
-
-def point(flags, w=1.0):
-    return {"command": f"python fm.py {flags} --validate", "ms_per_response": {"256": 0.1},
-            "validation": {"W": {"value": w, "oracle": 0.5}}}
-
-
-def test_a_curve_is_what_differs_in_one_flag():
-    rows = [point(f"--solver dpm --steps {n}", n) for n in (8, 2, 4)]
-    rows += [point("--solver ddim --eta 0 --steps 2")] * 3
-    assert tables.curves(rows[:5], "steps") == {"dpm": [(2, 0.1, 2), (4, 0.1, 4), (8, 0.1, 8)]}
-    assert tables.curves(rows, "eta") == {"ddim, steps 2": [(0, 0.1, 1.0)] * 3}
-
-
-def test_a_sweep_is_drawn(tmp_path):
-    tables.plot_sweep(tmp_path / "a.png", [point(f"--steps {n}", 9 / n) for n in (1, 4, 9)])
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-
+# ----------------------------------------------------------------------------- learning, and another detector
 
 def test_trainings_are_compared_by_steps_and_minutes(tmp_path):
     """Ten batches of 128 are five of 256, of two seconds each."""
@@ -227,6 +213,27 @@ def test_networks_are_compared(small_detectors, monkeypatch):
     row, = tables.networks("zn")["rows"]
     assert row["label"] == "dense" and row["evaluations"] == 2 and row["parameters"] > 100
     assert min(row["step_seconds"], row["ms_per_response"]["256"], row["mflop"]) > 0
+
+
+def test_steps_are_compared(small_detectors, tmp_path, monkeypatch):
+    """Of networks that were not trained: two evaluations of a fitted solver, and two steps of DDIM."""
+    tiny.shrink(monkeypatch.setattr)
+    for name, value in dict(FITTED=(2,), DDIM=(3,), PICTURES=70).items():
+        monkeypatch.setattr(tables, name, value)
+    scaler = data.fit_conditions(data.open_data("zn", 700, quiet=True).particles, "physics")
+    for script, how in (fm, ("sample",)), (diffusion, ()):
+        small = partial(script.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
+        monkeypatch.setattr(script, "NETWORKS", {"dense": small})
+        args = script.parse(["--n", "700", "--run", str(tmp_path)])
+        make = partial(script.make_network, "dense", *how, data.DETECTORS["zn"], 14)
+        common.save_model(tmp_path, args.header, scaler, {}, solvers.unfitted(make, 4, jax.random.key(0)))
+        (tmp_path / "weights").mkdir(exist_ok=True)
+        (tmp_path / "model.eqx").rename(tmp_path / f"weights/{script.__name__}-zn.eqx")
+    rows = tables.steps("zn", tmp_path)["rows"]
+    assert [(row["label"], row["steps"]) for row in rows] == [
+        ("fm, fitted", 2), ("diffusion, fitted", 2), ("diffusion, DDIM", 3)]
+    assert all(row["W"] > 0 and 0 <= row["AUC_high"] <= 1 and row["rows"] == {"validation": 70} for row in rows)
+    assert (tmp_path / "pictures/steps-zn.png").stat().st_size > 10_000
 
 
 def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from scipy.stats import norm
 import data
 import diffusion
 import files
+import solvers
 import tiny
 from simulator import DETECTORS
 
@@ -35,12 +36,12 @@ def shrunk():
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-def test_steps_are_as_many_as_there_are_times(capsys):
+def test_steps_of_ddim_are_as_many_as_there_are_times(capsys):
     with pytest.raises(SystemExit) as stop:
-        diffusion.parse(["--steps", "1000"])
+        diffusion.parse(["--ddim", "1000"])
     assert stop.value.code == 2
-    assert f"error: --steps 1000: expected at most {diffusion.MOST}" in capsys.readouterr().err
-    assert diffusion.parse(["--steps", str(diffusion.MOST)]).steps == diffusion.MOST
+    assert f"must be between 1 and {diffusion.MOST}, got 1000" in capsys.readouterr().err
+    assert diffusion.parse(["--ddim", str(diffusion.MOST)]).ddim == diffusion.MOST
     assert (np.diff(visited(diffusion.MOST)) < 0).all()
 
 
@@ -203,79 +204,80 @@ def test_a_step_with_the_right_response_keeps_the_marginal(now, share, eta):
     assert (of_noise > 0) == (eta > 0)
 
 
+def euler(net, steps):
+    return solvers.Solved(net, solvers.runge_kutta("euler", steps))
+
+
 def visited(steps):
     """The times of a path from noise to its end; the first steps are longer."""
     return np.rint(999 - (999 - END) * (np.arange(steps + 1) / steps)**0.6).astype(int)
 
 
-@pytest.mark.parametrize("first", [0, 3])
-def test_steps_are_exact_where_the_response_is_linear_in_the_share(first, monkeypatch):
-    """Against small steps of Eq. 12 with x^_0 = a + b share, from the second step on."""
-    monkeypatch.setattr(diffusion, "AHEAD", 1.0)
-    abar = ABAR[visited(7)]
-    clean = lambda abar: 0.3 + 4 * np.sqrt(abar) / (np.sqrt(abar) + np.sqrt(1 - abar))
-    r = diffusion.extrapolations(abar)
-    assert r[0] == 0 and len(r) == 7
-    start, now, then = abar[first:first + 3]
-    of_x, of_x0, _ = factors(now, then, 0.0)
-    found = of_x * 1.3 + of_x0 * (clean(now) + r[first + 1] * (clean(now) - clean(start)))
-    fine, x = 1 / (1 + np.exp(-np.linspace(*np.log([now / (1 - now), then / (1 - then)]), 20_001))), 1.3
-    for of_x, of_x0, value in zip(*factors(fine[:-1], fine[1:], 0.0)[:2], clean(fine[:-1])):
-        x = of_x * x + of_x0 * value
-    assert found == pytest.approx(x, rel=2e-4)
-
-
-def spread(s, steps, solver="ddim", eta=0.0):
-    """Standard deviation that a sampler ends with where the data are N(0, s^2), whose x^_0 is known: by
-    recursion on the covariances of x and of the x^_0 of the step before."""
-    abar = ABAR[visited(steps)]
-    ahead = diffusion.extrapolations(abar) if solver == "second" else np.zeros(steps)
-    xx, xb, bb = 1.0, 0.0, 0.0
-    for now, r, *step in zip(abar, ahead, *factors(abar[:-1], abar[1:], eta)):
-        of_x, of_x0, of_noise = step
+def spread(s, steps, eta=0.0):
+    """Standard deviation that DDIM ends with where the data are N(0, s^2), whose x^_0 is known."""
+    abar, variance = ABAR[visited(steps)], 1.0
+    for now, of_x, of_x0, of_noise in zip(abar, *factors(abar[:-1], abar[1:], eta)):
         gain = np.sqrt(now) * s**2 / (now * s**2 + 1 - now)                    # x^_0 = gain x_t
-        forward, back = of_x + of_x0 * (1 + r) * gain, -of_x0 * r
-        after = forward**2 * xx + 2 * forward * back * xb + back**2 * bb + of_noise**2
-        xb, bb = gain * (forward * xx + back * xb), gain**2 * xx
-        xx = after
-    return np.sqrt(xx)
+        variance = (of_x + of_x0 * gain)**2 * variance + of_noise**2
+    return np.sqrt(variance)
 
 
-@pytest.mark.parametrize("how", [dict(eta=0), dict(eta=0.7), dict(eta=1), dict(solver="second"),
-                                 dict(solver="second", eta=0.5)], ids=str)
+@pytest.mark.parametrize("eta", [0, 0.7, 1])
 @pytest.mark.parametrize("s", [0.3, 2.0])
-def test_reverse_of_a_gaussian(how, s):
+def test_reverse_of_a_gaussian(eta, s):
     """Many steps end in the marginal of the last state, whatever the noise on the way."""
-    assert spread(s, diffusion.MOST, **how) == pytest.approx(np.sqrt(ABAR[END] * (s**2 - 1) + 1), rel=0.03)
+    assert spread(s, diffusion.MOST, eta) == pytest.approx(np.sqrt(ABAR[END] * (s**2 - 1) + 1), rel=0.03)
 
 
-def test_second_order_needs_fewer_steps(monkeypatch):
-    monkeypatch.setattr(diffusion, "AHEAD", 1.0)
-    exact = np.sqrt(ABAR[END] * (4 - 1) + 1)
-    error = lambda solver, steps: abs(spread(2.0, steps, solver) - exact)
-    assert error("second", 20) < 0.3 * error("ddim", 20) and error("second", 40) < 0.4 * error("second", 20)
+def counting(target, shape):
+    """A network whose x^_0 depends on x and t, and whose counts on x at the end."""
+    return lambda x, t, c: jnp.stack([target * (1 - t), 0.1 + 0 * x, 30 + 0 * x, 0 * x,        # x^_0
+                                      9 * t + 0 * x, 1 + 0 * x, *5 * [0 * x]])                 # the counts
 
 
-@pytest.mark.parametrize("solver, eta", [("ddim", 0.5), ("second", 0.5), ("second", 0)])
-def test_sample_takes_these_steps(solver, eta, monkeypatch):
+@pytest.mark.parametrize("eta", [0.5, 0])
+def test_ddim_takes_these_steps(eta, monkeypatch):
     """By a plain loop, with the same noise."""
     monkeypatch.setattr(data, "draw_counts", lambda location, *_: jnp.maximum(jnp.round(location), 0))
     target, shape = np.random.default_rng(0).uniform(0, 9, (12, 12)), (2, 12, 12)
-    net = lambda x, t, c: jnp.stack([target * (1 - t), 0.1 + 0 * x, 30 + 0 * x, 0 * x,     # x^_0
-                                     9 * t + 0 * x, 1 + 0 * x, *5 * [0 * x]])              # the counts
-    found = diffusion.sample(net, jnp.zeros((2, 14)), KEY, shape[1:], 4, solver, eta)
+    model = euler(counting(target, shape), 1)
+    found = diffusion.sample(model, jnp.zeros((2, 14)), KEY, shape[1:], 4, eta)
     start, step_key, _ = jax.random.split(KEY, 3)
-    x, before, times = np.asarray(jax.random.normal(start, shape), np.float64), 0.0, visited(4)
+    x, times = np.asarray(jax.random.normal(start, shape), np.float64), visited(4)
     abar = ABAR[times]
-    ahead = diffusion.extrapolations(abar) if solver == "second" else np.zeros(4)
-    steps = zip(times / 1000, ahead, *factors(abar[:-1], abar[1:], eta), jax.random.split(step_key, 4))
-    for t, r, of_x, of_x0, of_noise, key in steps:
+    steps = zip(times / 1000, *factors(abar[:-1], abar[1:], eta), jax.random.split(step_key, 4))
+    for t, of_x, of_x0, of_noise, key in steps:
         x0 = np.maximum(target * (1 - t) + 0.1 * x, 0)
-        noise = np.asarray(jax.random.normal(key, shape))
-        x, before = of_x * x + of_x0 * (x0 + r * (x0 - before)) + of_noise * noise, x0
+        x = of_x * x + of_x0 * x0 + of_noise * np.asarray(jax.random.normal(key, shape))
     expected = np.maximum(np.round(x + 9 * times[-1] / 1000), 0)
     assert found.dtype == np.uint16
     assert (np.abs(found - expected) <= 1 + 1e-3 * expected).all() and (found == expected).mean() > 0.99
+
+
+def test_the_path_of_a_solver_is_that_of_ddim(monkeypatch):
+    """Many small steps of either end in the same x_t."""
+    states = []
+    monkeypatch.setattr(diffusion, "count_distribution", lambda maps, x: (x, x, x))
+    monkeypatch.setattr(data, "draw_counts", lambda x, *_: states.append(x) or x)
+    target = np.random.default_rng(0).uniform(0, 9, (12, 12))
+    model = solvers.Solved(counting(target, None), solvers.runge_kutta("rk4", 40))
+    for steps in (diffusion.MOST, None):
+        diffusion.sample(model, jnp.zeros((2, 14)), KEY, (12, 12), steps)
+    np.testing.assert_allclose(*states, atol=0.02)
+
+
+def test_a_fitted_solver_ends_where_the_path_does(monkeypatch):
+    """A fifth as far from it as Euler's method of as many steps."""
+    monkeypatch.setattr(solvers, "ITERATIONS", 200)
+    target = np.random.default_rng(0).uniform(0, 9, (6, 6))
+    net = lambda x, t, c: jnp.stack([target + jnp.tanh(x) + c[0], 0.3 + 0 * x, 3 * jnp.sin(x), 0 * x])
+    c = np.linspace(0, 1, 32)[:, None]
+    fitted = diffusion.fit_solver(net, c, (6, 6), 3).solver
+    x0, v = jax.random.normal(jax.random.key(1), (32, 6, 6)), diffusion.path(net, c)
+    ends = [solvers.integrate(v, x0, solver) for solver in
+            (solvers.runge_kutta("rk4", 40), fitted, solvers.runge_kutta("euler", 3))]
+    error = [float(jnp.mean((end - ends[0])**2)**0.5) for end in ends[1:]]
+    assert error[0] < 0.2 * error[1]
 
 
 @pytest.mark.parametrize("x0, root", [(1e4, 4000**0.5), (-1e4, 0)])
@@ -284,7 +286,7 @@ def test_sampler_keeps_the_predicted_response_in_the_range_of_the_data(x0, root,
     states = []
     monkeypatch.setattr(diffusion, "count_distribution", lambda maps, x: (x, x, x))
     monkeypatch.setattr(data, "draw_counts", lambda x, *_: states.append(x) or x)
-    diffusion.sample(predicts(jnp.full((12, 12), x0)), jnp.zeros((2, 14)), KEY, (12, 12), 1, "ddim", 0)
+    diffusion.sample(euler(predicts(jnp.full((12, 12), x0)), 1), jnp.zeros((2, 14)), KEY, (12, 12), 1)
     noise = np.asarray(jax.random.normal(jax.random.split(KEY, 3)[0], (2, 12, 12)))
     of_x, of_x0, _ = factors(ABAR[999], ABAR[END], 0.0)
     np.testing.assert_allclose(states[0], of_x * noise + of_x0 * 2 * root, rtol=1e-4, atol=1e-4)
@@ -334,24 +336,24 @@ def test_a_run(trained):
     log = files.read_log(folder)
     assert log[-1]["nats per fibre"] < log[0]["nats per fibre"] and log[-1]["path"] < log[0]["path"]
     assert result["rows"] == {"train": 489, "seen": 140, "unseen": 140}
-    assert (result["evaluations"], result["steps"], result["solver"], result["eta"]) == (4, 3, "second", 0.7)
+    assert (result["evaluations"], result["steps"]) == (4, 3)
     assert {path.name for path in folder.iterdir()} == {
         "state.eqx", "model.eqx", "log.jsonl", "metrics.json", "samples.png", "channels.png", "training.png"}
 
 
 def test_a_loaded_model_has_its_scores_and_its_flags(trained, tmp_path):
     folder, result = trained
-    load = ["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path), "--steps", "3"]
+    load = ["--load", str(folder / "model.eqx"), "--quiet", "--run", str(tmp_path)]
     again = diffusion.main([*load, "--net", "dense"])
     assert all(again[name] == result[name] for name in ("seen", "unseen", "flags"))
     assert result["flags"]["net"] == "tiny"
-    other = diffusion.main([*load, "--solver", "ddim", "--validate"])
+    other = diffusion.main([*load, "--ddim", "5", "--validate"])
     first = diffusion.main([*load, "--validate"])
     found, expected = (run["validation"]["W"]["value"] for run in (other, first))
-    assert found != expected and other["solver"] == "ddim"
+    assert found != expected and (other["evaluations"], first["evaluations"]) == (6, 4)
 
 
 def test_every_other_flag(tmp_path):
-    flags = "--detector zp --cond raw --precision bf16 --solver ddim --validate"
+    flags = "--detector zp --cond raw --precision bf16 --ddim 3 --eta 0 --validate"
     result = diffusion.main([*FLAGS, *flags.split(), "--run", str(tmp_path)])
     assert np.isfinite(result["validation"]["W"]["value"]) and result["evaluations"] == 4

@@ -20,6 +20,7 @@ import judge
 import metrics
 import plots
 import simulator
+import solvers
 
 FLAGS = ["--net", "tiny", "--n", "700", "--epochs", "1", "--batch-size", "64", "--steps", "2", "--quiet"]
 SHAPES = {"zn": (12, 12), "zp": (14, 10)}
@@ -35,6 +36,7 @@ def shrink(put=setattr):
         return time_sampler(draw, width, (64,) if len(sizes) > 1 else sizes, repeats=1)
     put(common, "time_sampler", time_one_size)
     put(common, "BLOCK", 64)
+    put(solvers, "ITERATIONS", 2)
     put(plots, "_save_figure", lambda path, figure: path.write_bytes(b"a picture"))
     put(metrics, "GENERATIONS", 1)
     put(metrics, "TRAININGS", 1)
