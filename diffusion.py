@@ -6,6 +6,8 @@ to predict x_0, and with it epsilon, from x_t for the particle c; a response is 
     x^_0 = (x_t - sqrt(1 - abar_t) epsilon^) / sqrt(abar_t)                                      (Eq. 9)
     L = E || epsilon - epsilon^ ||^2                                                             (Eq. 11)
     x_s = sqrt(abar_s) x^_0 + sqrt(1 - abar_s - eta_t^2) epsilon^ + eta_t noise,  s < t          (Eq. 12)
+DDIM takes dozens of such steps. Without fresh noise they follow a curve, along which a solver that is fitted
+to the trained network takes six evaluations (solvers.py, [CaloDREAM]).
 
 Photons are counts, so the last steps are not taken, as in fm.py. With x_0 = 2 sqrt(n) the counting noise is
 about 1 in every fibre. Where that of x_t is 2/3, the same network gives each fibre its own distribution of
@@ -34,11 +36,10 @@ from simulator import DETECTORS, Detector
 
 LENGTH = 1000        # steps of the noise
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, LENGTH))        # abar_t: Ho et al. 2020, section 4
+SHARE = np.sqrt(ABAR) / (np.sqrt(ABAR) + np.sqrt(1 - ABAR))   # of the signal in x_t
 END = int(np.argmin(np.abs(np.sqrt(1 / ABAR - 1) - 2 / 3)))   # t at which counts are drawn: noise of 2/3
 BRIGHTEST = 4000.0   # photons in a fibre at most: four times the brightest of the open data
 ODDS = 4             # 0 to 3 photons have odds of their own, in data.count_loss
-SPACING = 0.6        # of DDIM's steps: the first ones are longer, at times when x_t is little but noise
-MOST = int(SPACING * (LENGTH - 1 - END))                      # of them
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -49,7 +50,7 @@ def parse(argv):
     parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=4)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
                         help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
-    parser.add_argument("--ddim", type=common.number(int, 1, MOST), metavar="N",
+    parser.add_argument("--ddim", type=common.number(int, 1, LENGTH - 1 - END), metavar="N",
                         help="draw in N steps of DDIM instead of --steps of a fitted solver")
     parser.add_argument("--eta", type=common.number(float, 0, 1), default=0.7, metavar="ETA",
                         help="fresh noise in each step of DDIM: 0 none, 1 as much as DDPM (default: 0.7)")
@@ -133,9 +134,7 @@ def ddim_step(x, x0, now, then, eta, noise):
 
 def ddim(net, x, c, key, steps, eta):
     """From noise x (B, H, W) of particles c (B, C) to x_t at END, by DDIM."""
-    path = np.linspace(0, 1, steps + 1)**SPACING                               # from noise to the end
-    t = LENGTH - 1 - np.round((LENGTH - 1 - END) * path).astype(int)
-    abar = ABAR[t]
+    t = np.round(np.linspace(LENGTH - 1, END, steps + 1)).astype(int)
 
     def step(x, row):
         t, now, then, key = row
@@ -143,7 +142,7 @@ def ddim(net, x, c, key, steps, eta):
         return ddim_step(x, predicted(net, x, t, c), now, then, eta, noise), None
 
     # XLA is slow on loops on a CPU: ten steps unrolled
-    rows = t[:-1], abar[:-1], abar[1:], jax.random.split(key, steps)
+    rows = t[:-1], ABAR[t[:-1]], ABAR[t[1:]], jax.random.split(key, steps)
     return jax.lax.scan(step, x, rows, unroll=min(steps, 10))[0]
 
 
@@ -153,38 +152,32 @@ def predicted(net, x, t, c):
     return jnp.clip(level * jax.nn.sigmoid(lit), 0, 2 * BRIGHTEST**0.5)
 
 
-# The share of the signal in x_t. As it rises from 0 to 1, y = x_t / (sqrt(abar) + sqrt(1 - abar)) follows, by
-# Eq. 12 with eta = 0, dy / dshare = x^_0 - epsilon^: a path as that of fm.py.
-SHARE = np.sqrt(ABAR) / (np.sqrt(ABAR) + np.sqrt(1 - ABAR))
-
-
-def path(net, c):
-    """dy / ds of particles c (B, C), a function of y (B, H, W) and of s, the share in units of that at END."""
-    def slope(y, s):
-        share = s * SHARE[END]
-        length = jnp.sqrt(share**2 + (1 - share)**2)                           # sqrt(abar) = share / length
-        t = jnp.interp(share, SHARE[::-1], np.arange(LENGTH)[::-1])
-        x0 = predicted(net, y / length, t, c)
-        return SHARE[END] * (x0 - noise_in(y / length, x0, (share / length)**2))
-
-    return slope
+def slope(net, y, s, c):
+    """dy / ds of particles c (B, C) for y = x_t / (sqrt(abar) + sqrt(1 - abar)), (B, H, W), and s, the share of
+    the signal in it in units of that at END. Eq. 12 with eta = 0 is dy / ds = x^_0 - epsilon^: as in fm.py,
+    straight lines lead from noise to responses."""
+    share = s * SHARE[END]
+    length = jnp.sqrt(share**2 + (1 - share)**2)                               # sqrt(abar) = share / length
+    t = jnp.interp(share, SHARE[::-1], np.arange(LENGTH)[::-1])
+    x0 = predicted(net, y / length, t, c)
+    return SHARE[END] * (x0 - noise_in(y / length, x0, (share / length)**2))
 
 
 def fit_solver(net, c, shape, steps):
     """The network with a solver of `steps` evaluations for it, fitted to paths of particles c (M, C)."""
     y0 = jax.random.normal(jax.random.key(0), (len(c), *shape))
-    return solvers.Solved(net, solvers.fit(lambda y, s, c: path(net, c)(y, s), y0, c, steps, "bns-global"))
+    return solvers.Solved(net, solvers.fit(partial(slope, net), y0, c, steps, "bns-global"))
 
 
 def sample(model, c, key, shape, steps=None, eta=0.0):
-    """Draw one response for each condition c (B, C), by the fitted solver or in `steps` of DDIM: photon counts
-    uint16 (B, H, W)."""
+    """Draw one response for each condition c (B, C), by the fitted solver or in `steps` of DDIM: photon
+    counts uint16 (B, H, W)."""
     start_key, step_key, count_key = jax.random.split(key, 3)
     x = jax.random.normal(start_key, (len(c), *shape))
     if steps:
         x = ddim(model.net, x, c, step_key, steps, eta)
     else:
-        y = solvers.integrate(path(model.net, c), x, model.solver, unroll=True)
+        y = solvers.integrate(lambda y, s: slope(model.net, y, s, c), x, model.solver, unroll=True)
         x = y * (np.sqrt(ABAR[END]) + np.sqrt(1 - ABAR[END]))
     maps = jax.vmap(model.net, (0, None, 0))(x, END / LENGTH, c)
     location, scale, odds = jax.vmap(count_distribution)(maps, x)

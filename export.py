@@ -34,7 +34,6 @@ import gan
 import hit
 import latent_fm
 import metrics
-import solvers
 import vae
 from common import UserError
 from orientation import Axes
@@ -63,9 +62,8 @@ MODELS = {
         partial(latent_fm.make_latent_fm, args.net, detector, conditions, args.latent),
         partial(latent_fm.sample, steps=args.steps)),
     "fm": lambda args, detector, conditions: (
-        partial(solvers.unfitted, partial(fm.make_network, args.net, args.counts, detector, conditions),
-                args.steps),
-        partial(fm.sample, shape=detector.shape, how=args.counts,
+        partial(fm.make_network, args.net, args.counts, detector, conditions),
+        partial(fm.sample, shape=detector.shape, how=args.counts, steps=args.steps,
                 end=args.exit if args.counts == "sample" else 1.0))}
 SCRIPTS = {"gan": gan, "vae": vae, "latent_fm": latent_fm, "fm": fm}
 

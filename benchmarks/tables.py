@@ -7,7 +7,7 @@ A row whose run folder holds the metrics.json of its command is not run again, o
 resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
 GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
 them. `networks` and `flows` compare costs in one process, in which all take turns; `solvers` is
-Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx, `steps` the same for fm.py and diffusion.py.
+Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx, `steps` compares the samplers of diffusion.py.
 """
 import itertools
 import json
@@ -94,6 +94,7 @@ def tables(detector):
         "channels": {"direct estimates": "channels.py"},
         "learning": {f"{net}, {n}": f"fm.py --net {net} --batch-size 128 --epochs {n} --validate"
                      for net, n in LEARNING},
+        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 5, 8, 11, 16, 32)]),
         "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
         "vqgan-sweep": sweep("vqgan", weights, passes + tokens),
         "priors": {prior: f"vqgan.py --prior {prior} --validate" for prior in ("masked", "gpt")}}
@@ -260,14 +261,13 @@ def networks(detector):
     for name in fm.NETWORKS:
         how = "round" if name == "paper" else "sample"
         args = fm.parse(["--detector", detector, "--net", name, "--counts", how])
-        solver = methods.runge_kutta("euler", args.steps)
         plan, end = common.plan(args), args.exit if how == "sample" else 1.0
         make = eqx.filter_jit(partial(fm.make_network, name, how, DETECTORS[detector], conditions))
         counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *shape)).astype(np.uint16)
         c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
         step = fm.make_step(partial(fm.batch_loss, how=how, end=end), optimiser, plan)
         net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
-        draw = eqx.filter_jit(eqx.Partial(fm.sample, methods.Solved(net, solver), shape=shape, how=how, end=end))
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps))
         functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(draw, c, key)
         cost = common.network_cost(net, shape, (), (conditions,))
@@ -360,38 +360,31 @@ def solvers(detector, root=ROOT):
     return {"rows": rows, "showers": len(test.energies)}
 
 
-# Evaluations of the path of fm.py and diffusion.py, and steps of DDIM [Comparison, Fig. 7]
-FITTED, DDIM, PICTURES = (2, 3, 4, 5, 8, 11), (11, 25, 50), 12_000
+FITTED, DDIM = (2, 3, 4, 6, 8), (10, 25, 50)           # evaluations of solvers, steps [Comparison, Fig. 7]
 
 
 def steps(detector, root=ROOT):
-    """Scores and times of fm.py and diffusion.py against steps, for the networks of weights/ and the first
-    PICTURES validation rows."""
-    sizes, rows = (DETECTORS[detector], data.CONDITIONS["physics"]), []
-    shape, path = sizes[0].shape, partial("{}/weights/{}-{}.eqx".format, root)
-    at_exit = dict(end=fm.parse(["--load", path("fm", detector), "--detector", detector]).exit)
-    cases = {"fm": (fm, partial(fm.make_network, "dense", "sample"), partial(fm.fit_solver, **at_exit),
-                    partial(fm.sample, how="sample", **at_exit)),
-             "diffusion": (diffusion, partial(diffusion.make_network, "dense"), diffusion.fit_solver,
-                           diffusion.sample)}
-    for name, (script, make, fit, sample) in cases.items():
-        args = script.parse(["--load", path(name, detector), "--detector", detector])
-        model = common.load_model(args.load, partial(methods.unfitted, partial(make, *sizes), args.steps))
-        scaler, (dataset, split) = data.stored_scaler(args.header), data.open_split(args)
-        test = data.select(dataset, split.validation[:PICTURES])
-        c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
-        real = metrics.summarise(test.responses)
-        fitted = {("fitted", n): (fit(model.net, c, shape, steps=n), {}) for n in FITTED}
-        others = {("DDIM", n): (model, dict(steps=n, eta=0.7)) for n in DDIM} if script is diffusion else {}
-        for (kind, n), (solved, flags) in (fitted | others).items():
-            draw = eqx.filter_jit(eqx.Partial(sample, solved, shape=shape, **flags))
-            made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
-            scores = metrics.quick_scores(args, test, made, f"{name}, {n} steps, {kind}")
-            pair = metrics.judge_pair(real, metrics.summarise(made), test.particles, args.seed)
-            rows.append({"label": f"{name}, {kind}", "steps": n, "rows": {"validation": len(made)},
-                         "validation": scores, "W": scores["W"]["value"], **pair["scores"],
-                         **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
-    path = root / f"pictures/steps-{detector}.png"
+    """Scores and times of the samplers of diffusion.py for the network of weights/, on validation rows."""
+    rows, shape = [], DETECTORS[detector].shape
+    path = root / f"weights/diffusion-{detector}.eqx"
+    args = diffusion.parse(["--load", str(path), "--detector", detector])
+    make = partial(diffusion.make_network, args.net, DETECTORS[detector], data.CONDITIONS[args.cond])
+    model = common.load_model(args.load, partial(methods.unfitted, make, args.steps))
+    scaler, (dataset, split) = data.stored_scaler(args.header), data.open_split(args)
+    test = data.select(dataset, split.validation)
+    c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
+    cases = [("fitted", n, diffusion.fit_solver(model.net, c, shape, n), {}) for n in FITTED]
+    cases += [("DDIM", n, model, dict(steps=n, eta=eta)) for n in DDIM for eta in (0.0, 0.7)]
+    for label, n, solved, flags in cases:
+        draw = eqx.filter_jit(eqx.Partial(diffusion.sample, solved, shape=shape, **flags))
+        made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
+        label = ", ".join([label, *(f"eta {eta}" for name, eta in flags.items() if name == "eta")])
+        scores = metrics.quick_scores(args, test, made, f"{label}, {n} steps")
+        pair = map(metrics.summarise, (test.responses, made))
+        rows.append({"label": label, "steps": n, "rows": {"validation": len(made)}, "validation": scores,
+                     "W": scores["W"]["value"], **metrics.judge_pair(*pair, test.particles, 0)["scores"],
+                     **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
+    path = root / f"pictures/diffusion-{detector}-steps.png"
     plot_lines(path, rows, "label", [("steps", "W"), ("steps", "AUC_high")])
     return {"rows": rows}
 

@@ -215,25 +215,26 @@ def test_networks_are_compared(small_detectors, monkeypatch):
     assert min(row["step_seconds"], row["ms_per_response"]["256"], row["mflop"]) > 0
 
 
-def test_steps_are_compared(small_detectors, tmp_path, monkeypatch):
-    """Of networks that were not trained: two evaluations of a fitted solver, and two steps of DDIM."""
+def test_samplers_are_compared(small_detectors, tmp_path, monkeypatch):
+    """Of a network that was not trained: two evaluations of a fitted solver, and three steps of DDIM."""
     tiny.shrink(monkeypatch.setattr)
-    for name, value in dict(FITTED=(2,), DDIM=(3,), PICTURES=70).items():
-        monkeypatch.setattr(tables, name, value)
+    monkeypatch.setattr(tables, "FITTED", (2,))
+    monkeypatch.setattr(tables, "DDIM", (3,))
+    small = partial(diffusion.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
+    monkeypatch.setattr(diffusion, "NETWORKS", {"dense": small})
     scaler = data.fit_conditions(data.open_data("zn", 700, quiet=True).particles, "physics")
-    for script, how in (fm, ("sample",)), (diffusion, ()):
-        small = partial(script.Dense, width=8, depth=1, down=2, up=2, hidden=4, embedding=8)
-        monkeypatch.setattr(script, "NETWORKS", {"dense": small})
-        args = script.parse(["--n", "700", "--run", str(tmp_path)])
-        make = partial(script.make_network, "dense", *how, data.DETECTORS["zn"], 14)
-        common.save_model(tmp_path, args.header, scaler, {}, solvers.unfitted(make, 4, jax.random.key(0)))
-        (tmp_path / "weights").mkdir(exist_ok=True)
-        (tmp_path / "model.eqx").rename(tmp_path / f"weights/{script.__name__}-zn.eqx")
+    args = diffusion.parse(["--n", "700", "--run", str(tmp_path)])
+    make = partial(diffusion.make_network, "dense", data.DETECTORS["zn"], 14)
+    model = solvers.unfitted(make, args.steps, jax.random.key(0))
+    common.save_model(tmp_path, args.header, scaler, {}, model)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.eqx").rename(tmp_path / "weights/diffusion-zn.eqx")
     rows = tables.steps("zn", tmp_path)["rows"]
     assert [(row["label"], row["steps"]) for row in rows] == [
-        ("fm, fitted", 2), ("diffusion, fitted", 2), ("diffusion, DDIM", 3)]
-    assert all(row["W"] > 0 and 0 <= row["AUC_high"] <= 1 and row["rows"] == {"validation": 70} for row in rows)
-    assert (tmp_path / "pictures/steps-zn.png").stat().st_size > 10_000
+        ("fitted", 2), ("DDIM, eta 0.0", 3), ("DDIM, eta 0.7", 3)]
+    assert all(row["W"] > 0 and 0 <= row["AUC_high"] <= 1 for row in rows)
+    assert rows[0]["rows"] == {"validation": 71}
+    assert (tmp_path / "pictures/diffusion-zn-steps.png").stat().st_size > 10_000
 
 
 def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):

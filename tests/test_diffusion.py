@@ -23,6 +23,7 @@ KEY = jax.random.key(0)
 FULL = dict(DETECTORS)                                                         # before they are made small
 FLAGS = [*tiny.FLAGS, "--steps", "3"]
 ABAR, END = diffusion.ABAR, diffusion.END
+MOST = 999 - END
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def test_steps_of_ddim_are_as_many_as_there_are_times(capsys):
     with pytest.raises(SystemExit) as stop:
         diffusion.parse(["--ddim", "1000"])
     assert stop.value.code == 2
-    assert f"must be between 1 and {diffusion.MOST}, got 1000" in capsys.readouterr().err
-    assert diffusion.parse(["--ddim", str(diffusion.MOST)]).ddim == diffusion.MOST
-    assert (np.diff(visited(diffusion.MOST)) < 0).all()
+    assert f"must be between 1 and {MOST}, got 1000" in capsys.readouterr().err
+    assert diffusion.parse(["--ddim", str(MOST)]).ddim == MOST
+    assert (np.diff(visited(MOST)) < 0).all()
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -209,8 +210,8 @@ def euler(net, steps):
 
 
 def visited(steps):
-    """The times of a path from noise to its end; the first steps are longer."""
-    return np.rint(999 - (999 - END) * (np.arange(steps + 1) / steps)**0.6).astype(int)
+    """The times of DDIM from noise to the end."""
+    return np.rint(999 - (999 - END) * np.arange(steps + 1) / steps).astype(int)
 
 
 def spread(s, steps, eta=0.0):
@@ -226,7 +227,7 @@ def spread(s, steps, eta=0.0):
 @pytest.mark.parametrize("s", [0.3, 2.0])
 def test_reverse_of_a_gaussian(eta, s):
     """Many steps end in the marginal of the last state, whatever the noise on the way."""
-    assert spread(s, diffusion.MOST, eta) == pytest.approx(np.sqrt(ABAR[END] * (s**2 - 1) + 1), rel=0.03)
+    assert spread(s, MOST, eta) == pytest.approx(np.sqrt(ABAR[END] * (s**2 - 1) + 1), rel=0.03)
 
 
 def counting(target, shape):
@@ -261,7 +262,7 @@ def test_the_path_of_a_solver_is_that_of_ddim(monkeypatch):
     monkeypatch.setattr(data, "draw_counts", lambda x, *_: states.append(x) or x)
     target = np.random.default_rng(0).uniform(0, 9, (12, 12))
     model = solvers.Solved(counting(target, None), solvers.runge_kutta("rk4", 40))
-    for steps in (diffusion.MOST, None):
+    for steps in (MOST, None):
         diffusion.sample(model, jnp.zeros((2, 14)), KEY, (12, 12), steps)
     np.testing.assert_allclose(*states, atol=0.02)
 
@@ -273,7 +274,7 @@ def test_a_fitted_solver_ends_where_the_path_does(monkeypatch):
     net = lambda x, t, c: jnp.stack([target + jnp.tanh(x) + c[0], 0.3 + 0 * x, 3 * jnp.sin(x), 0 * x])
     c = np.linspace(0, 1, 32)[:, None]
     fitted = diffusion.fit_solver(net, c, (6, 6), 3).solver
-    x0, v = jax.random.normal(jax.random.key(1), (32, 6, 6)), diffusion.path(net, c)
+    x0, v = jax.random.normal(jax.random.key(1), (32, 6, 6)), lambda y, s: diffusion.slope(net, y, s, c)
     ends = [solvers.integrate(v, x0, solver) for solver in
             (solvers.runge_kutta("rk4", 40), fitted, solvers.runge_kutta("euler", 3))]
     error = [float(jnp.mean((end - ends[0])**2)**0.5) for end in ends[1:]]

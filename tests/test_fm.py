@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from scipy.integrate import solve_ivp
 
 import common
 import data
 import files
 import fm
 import metrics
-import solvers
 import tiny
 from common import UserError
 
@@ -55,17 +55,13 @@ def make(net="tiny", how="sample", detector="zn", conditions=14):
     return fm.make_network(net, how, data.DETECTORS[detector], conditions, KEY)
 
 
-def euler(net, steps):
-    return solvers.Solved(net, solvers.runge_kutta("euler", steps))
-
-
 def run(dataset, folder, *flags, loss=fm.batch_loss):
     """Train on the training rows of the data set with these flags; the averaged network and the times."""
     args = fm.parse([*tiny.FLAGS, "--run", str(folder), *map(str, flags)])
     rows = data.split_rows(len(dataset.pdg), 0).train
     scaler = data.fit_conditions(dataset.particles[rows], args.cond)
     arrays, plan = (dataset.responses, data.conditions(dataset.particles, scaler)), common.plan(args)
-    net = common.first_network(args, lambda key: euler(make(), args.steps), plan).net
+    net = common.first_network(args, lambda key: make(), plan)
     return fm.train(net, partial(loss, how=args.counts, end=args.exit), arrays, rows, plan)
 
 
@@ -176,12 +172,39 @@ def test_halves_of_a_batch(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-@pytest.mark.parametrize("method", solvers.METHODS)
-def test_the_sampler_is_that_of_the_solver(method):
-    """Unrolled, as in solvers.py."""
-    solver, x0 = solvers.runge_kutta(method, 3), jax.random.normal(KEY, (5,))
-    v = lambda x, t: jnp.sin(3 * x) + t
-    np.testing.assert_allclose(fm.integrate(v, x0, solver), solvers.integrate(v, x0, solver), rtol=1e-5)
+@pytest.mark.parametrize("end", [0.6, 0.9])
+def test_order_of_convergence(end, monkeypatch):
+    """dx/dt = -x and dx/dt = t^2 are solved to second order; the first step is of first order, once."""
+    monkeypatch.setattr(fm, "CHURN", 0.0)
+    for v, start, expected in ((lambda x, t: -x, 1.0, math.exp(-end)), (lambda x, t: t**2, 0.0, end**3 / 3)):
+        error = [abs(fm.integrate(v, np.float64(start), end, steps, KEY) - expected) for steps in (16, 32)]
+        assert math.log2(error[0] / error[1]) == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize("end", [0.6, 1.0])
+def test_a_prediction_that_is_linear_in_time_is_exact(end, monkeypatch):
+    """From the second step on; the first one takes it for constant."""
+    monkeypatch.setattr(fm, "CHURN", 0.0)
+    x0, first, inner = 0.3, end * (1 / 5)**1.15, min(end, 1 - 1e-9)
+    v = lambda x, t: (1.2 - 2 * t - x) / (1 - t)
+    start = x0 + first * (1.2 - x0)
+    expected = solve_ivp(lambda t, x: v(x, t), (first, inner), [start], rtol=1e-9, atol=1e-9).y[0, -1]
+    assert fm.integrate(v, x0, end, 5, KEY) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("end", [0.6, 0.95, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 11])
+def test_fresh_noise_keeps_straight_lines(steps, end):
+    """If the network knows x_1, x is x_t of another x_0 at the end, of unit variance, and x_1 itself at 1."""
+    x0, x1 = jax.random.normal(KEY, (2, 60, 60))
+    v = lambda x, t: fm.velocity(predicted(x1), x, t) if t < 0.95 else (x1 - x) / (1 - t)
+    x = np.asarray(fm.integrate(v, x0, end, steps, jax.random.key(1)))
+    if end == 1:
+        np.testing.assert_allclose(x, x1, atol=2e-5)
+    else:
+        noise = (x - end * x1) / (1 - end)
+        assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+        assert np.corrcoef(noise.ravel(), np.ravel(x0))[0, 1] < 1 - fm.CHURN / 10
 
 
 @pytest.mark.parametrize("end", [0.6, 0.94])
@@ -189,26 +212,11 @@ def test_flow_of_a_gaussian(end):
     """For x_1 ~ N(m, s^2) the mean of x_1 is m + slope (x_t - t m), and x keeps the distribution of x_t."""
     m, s = 1.7, 0.3
 
-    def net(x, t, c):
+    def v(x, t):
         slope = t * s**2 / ((1 - t) ** 2 + t**2 * s**2)
-        return predicted(jnp.full_like(x, m - slope * t * m), slope)
-    x0, c = jax.random.normal(KEY, (1, 200, 200)), np.zeros((1, 14))
-    x = fm.integrate(fm.path(net, c, end), x0, solvers.runge_kutta("midpoint", 16))
+        return fm.velocity(predicted(jnp.full_like(x, m - slope * t * m), slope), x, t)
+    x = fm.integrate(v, jax.random.normal(KEY, (200, 200)), end, 64, jax.random.key(1))
     np.testing.assert_allclose([x.mean(), x.std()], [end * m, math.hypot(1 - end, end * s)], rtol=0.02)
-
-
-def test_a_fitted_solver_ends_where_the_path_does(monkeypatch):
-    """A seventh as far from it as Euler's method of as many steps, for noise and particles that are new."""
-    monkeypatch.setattr(solvers, "ITERATIONS", 200)
-
-    def net(x, t, c):
-        return jnp.stack([2 + jnp.tanh(c[0] + 3 * x) * t, 0.3 + 0 * x, 4 - 3 * jnp.sin(x), 0 * x])
-    c, steps = np.linspace(-1, 1, 32)[:, None], 3
-    fitted = fm.fit_solver(net, c, (6, 6), 0.6, steps).solver
-    x0, v = jax.random.normal(jax.random.key(1), (32, 6, 6)), fm.path(net, c + 0.03, 0.6)
-    exact = fm.integrate(v, x0, solvers.runge_kutta("rk4", 20))
-    error = lambda solver: float(jnp.mean((fm.integrate(v, x0, solver) - exact)**2)**0.5)
-    assert error(fitted) < 0.15 * error(solvers.runge_kutta("euler", steps))
 
 
 @pytest.mark.parametrize("how", ["sample", "round"])
@@ -218,15 +226,15 @@ def test_evaluations(how):
     def net(x, t, c):
         calls.append(t)
         return jnp.zeros((4 + 7 * (how == "sample"), *x.shape))
-    end = 0.6 if how == "sample" else 1.0
-    fm.sample(euler(net, 3), np.zeros((2, 14), np.float32), KEY, (12, 12), how, end)
-    np.testing.assert_allclose(calls, [0, end / 3, 2 * end / 3, 0.6][:3 + (how == "sample")])
+    fm.sample(net, np.zeros((2, 14), np.float32), KEY, (12, 12), how, 0.6, 3)
+    assert len(calls) == 3 + (how == "sample") and calls[:3] == sorted(calls[:3])
+    assert (max(calls) == 0.6) == (how == "sample")
 
 
 def test_the_largest_count_fits():
     net, c = lambda x, t, c: predicted(jnp.full_like(x, 1e4)), np.zeros((2, 14), np.float32)
     for how in ("round", "floor"):
-        assert (fm.sample(euler(net, 2), c, KEY, (12, 12), how, 1.0) == 65535).all()
+        assert (fm.sample(net, c, KEY, (12, 12), how, 1.0, 2) == 65535).all()
 
 
 def test_the_sampler_compiles_once(dataset):
@@ -234,7 +242,7 @@ def test_the_sampler_compiles_once(dataset):
 
     def traced(net, c, key):
         traces.append(1)
-        return fm.sample(euler(net, 2), c, key, (12, 12), "sample", 0.6)
+        return fm.sample(net, c, key, (12, 12), "sample", 0.6, 2)
     scaler = data.fit_conditions(dataset.particles, "physics")
     generate = metrics.generator(eqx.filter_jit(eqx.Partial(traced, net)), scaler, 0)
     responses = generate(dataset.particles[:150], 0)  # 150 = 2 blocks and a short one
@@ -272,7 +280,7 @@ def test_every_variant_has_its_shapes(name, how, detector):
     batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
     loss, parts = eqx.filter_eval_shape(lambda net: fm.batch_loss(net, *batch, how, 0.6), net)
     assert loss.shape == () and len(parts) == (3 if how == "sample" else 2)
-    responses = eqx.filter_eval_shape(lambda net: fm.sample(euler(net, 1), *batch[1:], shape, how, 0.6), net)
+    responses = eqx.filter_eval_shape(lambda net: fm.sample(net, *batch[1:], shape, how, 0.6, 1), net)
     assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
 
 
@@ -420,7 +428,7 @@ def test_what_a_run_leaves(trained):
         assert {"value", "spread", "oracle", "R"} <= result[part]["W"].keys()
     header = common.read_header(folder / "model.eqx")
     assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 14)
-    assert header["parameters"] == result["parameters"] + 2 + 2 + 2 * 2        # the solver's of two steps
+    assert header["parameters"] == result["parameters"]
 
 
 def test_saved_and_loaded(trained, tmp_path):
@@ -428,7 +436,7 @@ def test_saved_and_loaded(trained, tmp_path):
     folder, result = trained
     weights, before = str(folder / "model.eqx"), {path: path.read_bytes() for path in folder.iterdir()}
     files.write_json(tmp_path / "model.eqx", "another model")
-    flags = ["--net", "dense", "--lr", "0.5", "--n", "99", "--steps", "9", "--quiet"]
+    flags = ["--net", "dense", "--lr", "0.5", "--n", "99", "--steps", "2", "--quiet"]
     again = fm.main([*flags, "--load", weights, "--run", str(tmp_path)])
     assert all(again[name] == result[name] for name in ("seen", "unseen", "rows"))
     assert again["flags"] == result["flags"] and again["train_seconds"] == result["train_seconds"]
@@ -438,11 +446,11 @@ def test_saved_and_loaded(trained, tmp_path):
 
 def test_validation(trained, dataset, tmp_path):
     """--validate scores validation rows alone."""
-    flags = ["--load", str(trained[0] / "model.eqx"), "--validate", "--quiet"]
+    flags = ["--load", str(trained[0] / "model.eqx"), "--steps", "3", "--validate", "--quiet"]
     result = fm.main([*flags, "--run", str(tmp_path)])
     assert result["rows"] == {"train": 489, "validation": 71} and "seen" not in result
     assert result["validation"]["W"]["value"] > result["validation"]["W"]["oracle"] > 0
-    assert result["evaluations"] == 3
+    assert result["evaluations"] == 4
     assert json.loads((tmp_path / "metrics.json").read_text()) == files.plain(result)
 
 
@@ -490,8 +498,8 @@ def test_finetuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
              "--batch-size", "64", "--steps", "2", "--validate", "--quiet", "--run", str(tmp_path / "run")])
     old, new = (common.read_header(path) for path in (model, tmp_path / "run" / "model.eqx"))
     assert new["scaler"] == old["scaler"] and new["flags"]["net"] == "tiny" and "axes" in new
-    shapes = lambda key: euler(make(), 2)
-    nets = [common.load_model(path, shapes).net for path in (model, tmp_path / "run" / "model.eqx")]
+    make = partial(fm.make_network, "tiny", "sample", data.DETECTORS["zn"], 14)
+    nets = [common.load_model(path, make) for path in (model, tmp_path / "run" / "model.eqx")]
     for a, b in zip(*map(jax.tree.leaves, nets), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
 

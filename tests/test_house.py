@@ -19,9 +19,10 @@ SHARED = ("files", "common", "solvers", "plots", "simulator", "orientation", "da
 # papers.py holds the published autoencoder of showers as well; calodream.py trains two networks or three, and
 # scores showers itself. calorimeter.py is data.py and simulator.py of its detector in one, preprocessing.py
 # what its networks see of it.
-# vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks
+# vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks,
+# diffusion.py the published sampler and a solver
 # The network of fm.py sees the neighbours of each patch; data.py finds them, and what decides the brightness
-BUDGETS = {"fm": 330, "diffusion": 330, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
+BUDGETS = {"fm": 330, "diffusion": 347, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 590,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 550,
            "plots": 135, "data": 490, "orientation": 105, "files": 135, "lists": 175, "hep": 160,
            "checkerboard": 80, "simulator": 520, "calorimeter": 420,
