@@ -47,7 +47,7 @@ ODDS = 4             # 0 to 3 photons have odds of their own, in data.count_loss
 def parse(argv):
     """The resolved flags of the command line."""
     own = "net", "steps"
-    parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=4)
+    parser = common.parser(__doc__, "diffusion", own=own, n=60_000, epochs=12, lr=2e-3, steps=6)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
                         help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
     parser.add_argument("--ddim", type=common.number(int, 1, LENGTH - 1 - END), metavar="N",
@@ -153,8 +153,8 @@ def predicted(net, x, t, c):
 
 
 def slope(net, y, s, c):
-    """dy / ds of particles c (B, C) for y = x_t / (sqrt(abar) + sqrt(1 - abar)), (B, H, W), and s, the share of
-    the signal in it in units of that at END. Eq. 12 with eta = 0 is dy / ds = x^_0 - epsilon^: as in fm.py,
+    """dy / ds of particles c (B, C), for y = x_t / (sqrt(abar) + sqrt(1 - abar)) (B, H, W) and the share s of
+    the signal in it, in units of that at END. Eq. 12 with eta = 0 is dy / ds = x^_0 - epsilon^: as in fm.py,
     straight lines lead from noise to responses."""
     share = s * SHARE[END]
     length = jnp.sqrt(share**2 + (1 - share)**2)                               # sqrt(abar) = share / length

@@ -230,7 +230,7 @@ def test_reverse_of_a_gaussian(eta, s):
     assert spread(s, MOST, eta) == pytest.approx(np.sqrt(ABAR[END] * (s**2 - 1) + 1), rel=0.03)
 
 
-def counting(target, shape):
+def counting(target):
     """A network whose x^_0 depends on x and t, and whose counts on x at the end."""
     return lambda x, t, c: jnp.stack([target * (1 - t), 0.1 + 0 * x, 30 + 0 * x, 0 * x,        # x^_0
                                       9 * t + 0 * x, 1 + 0 * x, *5 * [0 * x]])                 # the counts
@@ -241,7 +241,7 @@ def test_ddim_takes_these_steps(eta, monkeypatch):
     """By a plain loop, with the same noise."""
     monkeypatch.setattr(data, "draw_counts", lambda location, *_: jnp.maximum(jnp.round(location), 0))
     target, shape = np.random.default_rng(0).uniform(0, 9, (12, 12)), (2, 12, 12)
-    model = euler(counting(target, shape), 1)
+    model = euler(counting(target), 1)
     found = diffusion.sample(model, jnp.zeros((2, 14)), KEY, shape[1:], 4, eta)
     start, step_key, _ = jax.random.split(KEY, 3)
     x, times = np.asarray(jax.random.normal(start, shape), np.float64), visited(4)
@@ -261,17 +261,17 @@ def test_the_path_of_a_solver_is_that_of_ddim(monkeypatch):
     monkeypatch.setattr(diffusion, "count_distribution", lambda maps, x: (x, x, x))
     monkeypatch.setattr(data, "draw_counts", lambda x, *_: states.append(x) or x)
     target = np.random.default_rng(0).uniform(0, 9, (12, 12))
-    model = solvers.Solved(counting(target, None), solvers.runge_kutta("rk4", 40))
-    for steps in (MOST, None):
+    model = solvers.Solved(counting(target), solvers.runge_kutta("rk4", 20))
+    for steps in (200, None):
         diffusion.sample(model, jnp.zeros((2, 14)), KEY, (12, 12), steps)
-    np.testing.assert_allclose(*states, atol=0.02)
+    np.testing.assert_allclose(*states, atol=0.05)
 
 
 def test_a_fitted_solver_ends_where_the_path_does(monkeypatch):
     """A fifth as far from it as Euler's method of as many steps."""
     monkeypatch.setattr(solvers, "ITERATIONS", 200)
     target = np.random.default_rng(0).uniform(0, 9, (6, 6))
-    net = lambda x, t, c: jnp.stack([target + jnp.tanh(x) + c[0], 0.3 + 0 * x, 3 * jnp.sin(x), 0 * x])
+    net = lambda x, t, c: jnp.stack([target + jnp.tanh(x) + c[0], 0.3 + 0 * x, 1 + jnp.tanh(x), 0 * x])
     c = np.linspace(0, 1, 32)[:, None]
     fitted = diffusion.fit_solver(net, c, (6, 6), 3).solver
     x0, v = jax.random.normal(jax.random.key(1), (32, 6, 6)), lambda y, s: diffusion.slope(net, y, s, c)

@@ -46,7 +46,7 @@ def test_generate(path, lists, tmp_path, monkeypatch):
     assert header["flags"] == row["flags"]
     dataset, particles = lists[header["detector"]]
     monkeypatch.setattr(common, "BLOCK", PARTICLES)
-    steps = ["--steps", "4"] if header["script"] in ("fm", "latent_fm", "diffusion") else []
+    steps = ["--steps", "4"] if header["script"] in ("fm", "latent_fm") else []
     importlib.import_module(header["script"]).main([
         "--detector", header["detector"], "--load", str(path), *steps, "--generate", str(particles), "--out",
         str(tmp_path / "out.h5"), "--all-hit", "--quiet"])
