@@ -361,7 +361,7 @@ def solvers(detector, root=ROOT):
 
 
 # Evaluations of solvers, steps of DDIM [Comparison, Fig. 7], and the first validation rows, to save time
-FITTED, DDIM, DRAWN = (2, 3, 4, 6, 8), (10, 25, 50), 10_000
+FITTED, DDIM, DRAWN = (2, 3, 4, 6, 8), (10, 25, 50), 6000
 
 
 def steps(detector, root=ROOT):
