@@ -1,4 +1,5 @@
 """Exported models beside those in JAX: equal responses to equal noise, and scores, time and memory as in O2.
+Responses are compared and scored without hit.py, whose network decides who gives light; times are with it.
 
     python -m benchmarks.o2 --detector zn     writes benchmarks/results/o2-zn.json for the models of weights/
 """
@@ -63,17 +64,20 @@ def row(path, folder):
     """A row of the table for a checkpoint."""
     args, draw = export.open_model(path)
     batched, single, _ = export.write(folder, export.generator_models(path))
+    hits = export.generator_models(path, ROOT / f"weights/hit-{args.detector}.eqx")
+    _, whole, _ = export.write(folder / "whole", hits)
     dataset, split = data.open_split(args)
     test = data.select(dataset, split.test[:ROWS])
     found = {"label": args.script, **compare(draw, batched, test.particles[:EQUAL]),
-             "megabytes": single.stat().st_size / 1e6}
+             "megabytes": whole.stat().st_size / 1e6}
     generations, prints = zip(*(call(single, test.particles, seed, folder) for seed in range(2)))
     oracle = [metrics.resimulate(args.detector, test, seed) for seed in range(2)]
     here = [common.in_blocks(jax.jit(draw), jax.random.key(seed), test.particles) for seed in range(2)]
     score = lambda made: metrics.evaluate(test.responses, made, test.particles, test.pdg, oracle=oracle)
     pick = lambda found: {name: found[name] for name in SCORES} | {"lit %": found["marginals"]["lit_percent"]}
-    return found | prints[0] | {"o2": pick(score(list(generations))), "seen": pick(score(here)),
-                                "rows": {"seen": len(test.pdg)}, "measured_with": common.VERSION}
+    found |= call(whole, test.particles, 0, folder)[1] | {"ms_all_hit": prints[0]["ms"]}
+    return found | {"o2": pick(score(list(generations))), "seen": pick(score(here)),
+                    "rows": {"seen": len(test.pdg)}, "measured_with": common.VERSION}
 
 
 def main(argv=None):
