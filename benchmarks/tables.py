@@ -375,15 +375,15 @@ def steps(detector, root=ROOT):
     test = data.select(dataset, split.validation[:DRAWN])
     c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
     cases = [("fitted", n, diffusion.fit_solver(model.net, c, shape, n), {}) for n in FITTED]
-    cases += [("DDIM", n, model, dict(steps=n, eta=eta)) for n in DDIM for eta in (0.0, 0.7)]
+    cases += [(f"DDIM, eta {eta}", n, model, dict(steps=n, eta=eta)) for n in DDIM for eta in (0.0, 0.7)]
+    real = metrics.summarise(test.responses)
     for label, n, solved, flags in cases:
         draw = eqx.filter_jit(eqx.Partial(diffusion.sample, solved, shape=shape, **flags))
         made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
-        label = ", ".join([label, *(f"eta {eta}" for name, eta in flags.items() if name == "eta")])
         scores = metrics.quick_scores(args, test, made, f"{label}, {n} steps")
-        pair = map(metrics.summarise, (test.responses, made))
+        judged = metrics.judge_pair(real, metrics.summarise(made), test.particles, 0)
         rows.append({"label": label, "steps": n, "rows": {"validation": len(made)}, "validation": scores,
-                     "W": scores["W"]["value"], **metrics.judge_pair(*pair, test.particles, 0)["scores"],
+                     "W": scores["W"]["value"], **judged["scores"],
                      **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
     path = root / f"pictures/diffusion-{detector}-steps.png"
     plot_lines(path, rows, "label", [("steps", "W"), ("steps", "AUC_high")])

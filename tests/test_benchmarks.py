@@ -71,7 +71,7 @@ def test_every_command_parses(detector, monkeypatch):
             assert args.command == command and args.detector == detector, (name, label)
             trained[args.run] = getattr(args, "header", None)
             runs.append(args.run)
-    assert len(set(runs)) == len(runs) > 60
+    assert len(set(runs)) == len(runs) > 70
 
 
 def test_flags_of_a_command():
