@@ -408,15 +408,18 @@ def features(conditions):
     return len(with_sinusoids(jnp.zeros(conditions)))
 
 
-def brightness_features(c, detector):
+def brightness_features(c, detector, few=False):
     """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, with low frequencies, and how much of a shower at either point falls on it. For networks
-    that draw the brightness: with momenta and vertex the few particles of a kind lie too far apart to learn
-    from one about another."""
-    few = c[7:] if len(c) == CONDITIONS["physics"] else c
-    angles = jnp.outer(2.0 ** jnp.arange(3), few).ravel()
-    falls = vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([few, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+    impact points, waves of them, and how much of a shower at either point falls on it; with momenta and
+    vertex a network knows its particles by heart. For a `few` thousand of them, waves of the mass alone, to
+    tell types apart, and of the straight line's distance from the beam, where the beam pipe is."""
+    physics, falls = len(c) == CONDITIONS["physics"], vicinity(c, detector, 4)[1].sum((0, 2))
+    seen = c[7:] if physics else c
+    angles = jnp.outer(2.0 ** jnp.arange(3), seen[:1] if few and physics else seen).ravel()
+    if few and physics:
+        distance = jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                         # in PLACE_CM
+        seen, angles = jnp.append(seen, distance), jnp.append(angles, 2.0 ** jnp.arange(5) * distance)
+    return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
 
 
 def vicinity(c, detector, size):
