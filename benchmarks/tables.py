@@ -56,7 +56,7 @@ ADVERSARIES = {"GAN": "--loss plain", "GAN, post": "--loss plain --post", "GAN +
 STUDENTS = {"base": "--channel-loss 0 --light-loss 0", "channel": "--no-diversity --light-loss 0",
             "channel and diversity": "--light-loss 0",                     # so far [IAF, Table 1]
             "channel, diversity and light": ""}
-LEARNING = ("paper", 5), ("dense", 1), ("dense", 2), ("dense", 5)          # networks of fm.py, epochs
+LEARNING = ("paper", 2), ("paper", 5), ("dense", 1), ("dense", 2), ("dense", 5)   # networks of fm.py, epochs
 TEMPERATURES, TOP_KS = (0.8, 0.9, 1, 1.1, 1.2), (64, 0)                    # [Poster, Fig. 7]; 0: all tokens
 
 # W, MAE and RMSE on GEANT data of ZN; two did not converge there [Comparison, Tables 2 to 4 and 6]
