@@ -44,10 +44,10 @@ RESULTS = "benchmarks/results"
 # ----------------------------------------------------------------------------------------------------- tables
 
 # of the models of weights/, each with all rows
-RECIPES = {"zn": {"fm": "--epochs 8", "latent_fm": "--epochs 6 --flow-epochs 30", "diffusion": "--epochs 8",
+RECIPES = {"zn": {"fm": "--epochs 8", "latent_fm": "--epochs 6 --flow-epochs 60", "diffusion": "--epochs 8",
                   "vae": "--epochs 8", "gan": "--epochs 4", "vqgan": "--epochs 4 --prior-epochs 8",
                   "iaf": "--epochs 2 --student-epochs 2 --sum-epochs 3"},
-           "zp": {"fm": "--epochs 28", "latent_fm": "--epochs 14 --flow-epochs 30",
+           "zp": {"fm": "--epochs 28", "latent_fm": "--epochs 14 --flow-epochs 90",
                   "diffusion": "--epochs 28", "vae": "--epochs 20", "gan": "--epochs 10",
                   "vqgan": "--epochs 10 --prior-epochs 20",
                   "iaf": "--epochs 5 --student-epochs 4 --sum-epochs 8"}}
