@@ -413,10 +413,10 @@ def brightness_features(c, detector, few=False):
     impact points, waves of them, and how much of a shower at either point falls on it; with momenta and
     vertex a network knows its particles by heart. For a `few` thousand of them, waves of the mass alone, to
     tell types apart, and of the straight line's distance from the beam, where the beam pipe is."""
-    physics, falls = len(c) == CONDITIONS["physics"], vicinity(c, detector, 4)[1].sum((0, 2))
-    seen = c[7:] if physics else c
-    angles = jnp.outer(2.0 ** jnp.arange(3), seen[:1] if few and physics else seen).ravel()
-    if few and physics:
+    falls = vicinity(c, detector, 4)[1].sum((0, 2))
+    seen, few = (c[7:], few) if len(c) == CONDITIONS["physics"] else (c, False)
+    angles = jnp.outer(2.0 ** jnp.arange(3), seen[:1] if few else seen).ravel()
+    if few:
         distance = jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                         # in PLACE_CM
         seen, angles = jnp.append(seen, distance), jnp.append(angles, 2.0 ** jnp.arange(5) * distance)
     return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])

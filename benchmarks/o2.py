@@ -63,9 +63,10 @@ def call(path, particles, seed, folder):
 def row(path, folder):
     """A row of the table for a checkpoint."""
     args, draw = export.open_model(path)
-    batched, single, _ = export.write(folder, export.generator_models(path))
-    hits = export.generator_models(path, ROOT / f"weights/hit-{args.detector}.eqx")
-    _, whole, _ = export.write(folder / "whole", hits)
+    chance = export.open_hit(ROOT / f"weights/hit-{args.detector}.eqx", args.detector, {})
+    batched, single, whole, *_ = export.write(folder, {
+        "batched": export.batched_model(draw), "single-o2": export.o2_model(draw, args.detector),
+        "whole-o2": export.o2_model(draw, args.detector, chance)})
     dataset, split = data.open_split(args)
     test = data.select(dataset, split.test[:ROWS])
     found = {"label": args.script, **compare(draw, batched, test.particles[:EQUAL]),
