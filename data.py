@@ -408,17 +408,16 @@ def features(conditions):
     return len(with_sinusoids(jnp.zeros(conditions)))
 
 
-def brightness_features(c, detector, few=False):
+def brightness_features(c, detector):
     """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, waves of them, and how much of a shower at either point falls on it; with momenta and
-    vertex a network knows its particles by heart. For a `few` thousand of them, waves of the mass alone, to
-    tell types apart, and of the straight line's distance from the beam, where the beam pipe is."""
-    falls = vicinity(c, detector, 4)[1].sum((0, 2))
-    seen, few = (c[7:], few) if len(c) == CONDITIONS["physics"] else (c, False)
-    angles = jnp.outer(2.0 ** jnp.arange(3), seen[:1] if few else seen).ravel()
-    if few:
-        distance = jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                         # in PLACE_CM
-        seen, angles = jnp.append(seen, distance), jnp.append(angles, 2.0 ** jnp.arange(5) * distance)
+    impact points, how far the straight line ends from the beam, waves of mass and distance, since types and
+    the edge of the beam pipe are steps, and how much of a shower at either point falls on it. With momenta
+    and vertex, or waves of all, a network knows its particles by heart. "raw": with_sinusoids."""
+    if len(c) < CONDITIONS["physics"]:
+        return with_sinusoids(c)
+    mass, distance = c[7], jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                 # in PLACE_CM
+    angles = jnp.append(2.0 ** jnp.arange(3) * mass, 2.0 ** jnp.arange(5) * distance)
+    seen, falls = jnp.append(c[7:], distance), vicinity(c, detector, 4)[1].sum((0, 2))
     return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
 
 

@@ -9,9 +9,9 @@ are four ways to a latent for a new particle c, whose response is then D(z); R i
 G is a noise generator and S the Sinkhorn divergence, a distance of two distributions. All terms are per fibre
 or per number of the latent, so that beta does not depend on their sizes.
 
-Photons are counts, drawn from what is decoded, so that R = -log p(x | z) has no weight to tune. Photons come
-in bursts and spots, so they spread more than Poisson counts of a decoded rate (`--likelihood poisson`): by
-default those of checkerboard.py are drawn. `mse`: squared error of log responses, as the papers.
+Photons are counts, drawn from what is decoded as in checkerboard.py, so that R = -log p(x | z) has no weight
+to tune (`--likelihood mse`: squared error of log responses, as the papers). Of `vae` the prior then learns on
+alone: it has to be where the encoder leaves the responses of each particle.
 
     python vae.py --detector zn                          nine minutes of training on two CPU cores
     python vae.py --load weights/vae-zn.eqx --generate particles.csv --out responses.h5
@@ -44,7 +44,7 @@ NOISE = 10   # numbers into the noise generator, as many as ALICE O2 feeds its n
 def parse(argv):
     """The resolved flags of the command line."""
     shared = tuple(name for name in common.FLAGS if name != "steps")           # one pass: no steps to choose
-    own = "arch", "variant", "likelihood", "latent", "beta"
+    own = "arch", "variant", "likelihood", "latent", "beta", "prior_epochs"
     parser = common.parser(__doc__, "vae", shared, own, n=60_000, epochs=10, lr=2e-3)
     parser.add_argument("--arch", choices=BLOCKS, default="mixer",
                         help="build encoder and decoder of convolutions, as a vision transformer or as an "
@@ -53,10 +53,12 @@ def parse(argv):
                         help="loss, and with it the way to a latent for a new particle (default: vae)")
     parser.add_argument("--likelihood", choices=LIKELIHOODS, default="checkerboard",
                         help="draw counts in four colours of a checkerboard, each conditioned on earlier "
-                             "ones, or decode for each fibre the rate of a Poisson distribution, or a log "
-                             "response with squared error (default: checkerboard)")
+                             "ones, or decode a log response with squared error (default: checkerboard)")
     parser.add_argument("--latent", type=common.number(int, 1, 1024), default=24, metavar="N",
                         help="numbers in the latent; `supervised` has one for each condition (default: 24)")
+    parser.add_argument("--prior-epochs", type=common.number(int, 1, 10**6), default=40, metavar="N",
+                        help="passes over the training rows in which the prior of `vae` learns on, alone, "
+                             "where steps are cheap; --epochs counts those before (default: 40)")
     parser.add_argument("--beta", type=common.number(float, 0), default=1.0, metavar="WEIGHT",
                         help="weight of the second term of the loss (default: 1)")
     return parser.parse_args(argv)
@@ -68,11 +70,16 @@ def parse(argv):
 def elbo(net, counts, c, noise, likelihood):
     """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre:
     -log p(x | z) + KL(q(z | x, c) || p(z | c)), both by one z."""
-    mean, log_std = jnp.split(net.encode(jnp.log1p(counts), c), 2)
-    log_std = jnp.clip(log_std, -8, 4)
-    z = mean + jnp.exp(log_std) * noise                                        # z ~ q(z | x, c)
-    divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, net.embed(c))
+    z, log_std = draw_code(net.encode(jnp.log1p(counts), c), noise)
+    divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, c)
     return reconstruction_loss(net, z, counts, c, likelihood), divergence / counts.size
+
+
+def draw_code(code, noise):
+    """z ~ q(z | x, c) (L,) and its log standard deviation, of a code (2 L,) and noise (L,) ~ N(0, 1)."""
+    mean, log_std = jnp.split(code, 2)
+    log_std = jnp.clip(log_std, -8, 4)
+    return mean + jnp.exp(log_std) * noise, log_std
 
 
 def supervised_loss(net, counts, c, noise, likelihood):
@@ -100,7 +107,7 @@ def noise_sinkhorn_loss(net, counts, c, noise, likelihood):
 
 LOSSES = {"vae": elbo, "supervised": supervised_loss,
           "noise-l2": noise_l2_loss, "noise-sinkhorn": noise_sinkhorn_loss}
-LIKELIHOODS = "checkerboard", "poisson", "mse"
+LIKELIHOODS = "checkerboard", "mse"
 
 
 def reconstruction_loss(net, z, counts, c, likelihood):
@@ -108,8 +115,6 @@ def reconstruction_loss(net, z, counts, c, likelihood):
     decoded = net.decode(z, c)
     if likelihood == "checkerboard":
         return net.decoder.head.loss(decoded, counts)
-    if likelihood == "poisson":
-        return jnp.mean(data.poisson_loss(counts, decoded))
     return jnp.mean((decoded - jnp.log1p(counts))**2)                          # as the papers
 
 
@@ -126,6 +131,15 @@ def batch_loss(net, counts, c, key, variant, likelihood, beta):
     if variant == "vae" and likelihood == "checkerboard":
         second *= 2                                                            # its loss has two terms
     return first + beta * second, parts
+
+
+def prior_loss(prior, codes, c, key):
+    """-log p(z | c) in nats, but for a constant, of latents drawn for codes (B, 2 L) of conditions c (B, C):
+    what is left of the ELBO when encoder and decoder stay as they are."""
+    noise = jax.random.normal(key, (len(c), codes.shape[1] // 2))
+    z = jax.vmap(draw_code)(codes.astype(jnp.float32), noise)[0]
+    nats = -jax.vmap(prior.log)(z, c).mean()
+    return nats, {"nats": nats}
 
 
 # ---------------------------------------------------------------------------------------- Sinkhorn divergence
@@ -165,7 +179,7 @@ def transport(cost, epsilon, rounds):
 def draw_latent(net, c, noise):
     """The latent (L,) of a new particle c (C,)."""
     if net.variant == "vae":
-        return net.prior.draw(noise, net.embed(c))
+        return net.prior.draw(noise, c)
     return c if net.variant == "supervised" else net.generate(c, noise)
 
 
@@ -173,28 +187,7 @@ def draw_response(net, decoded, likelihood, key):
     """Photon counts (B, H, W) of what is decoded, (B, ...)."""
     if likelihood == "checkerboard":
         return jax.vmap(net.decoder.head.draw)(decoded, jax.random.split(key, len(decoded)))
-    return draw_poisson(decoded, key) if likelihood == "poisson" else data.rounded_counts(decoded)
-
-
-TERMS, FEW = 30, 10.0   # of draw_poisson: a count above 29 has a probability of 3e-7 at a rate of 10
-
-
-def draw_poisson(log_rate, key):
-    """Photon counts of Poisson distributions, from one uniform number per fibre: by inversion, term by term,
-    below a rate of FEW; above, a rounded normal with its skewness corrected (Cornish and Fisher 1938).
-    jax.random.poisson is 20 times slower."""
-    rate = jnp.exp(jnp.clip(log_rate, -15, 9))
-    u = jax.random.uniform(key, rate.shape, minval=1e-7, maxval=1 - 1e-7)
-    low = jnp.minimum(rate, FEW)
-    term = total = jnp.exp(-low)
-    counts = (u > total).astype(jnp.float32)
-    for n in range(1, TERMS):
-        term = term * low / n
-        total = total + term
-        counts += u > total
-    z = jax.scipy.special.ndtri(u)
-    normal = jnp.round(jnp.maximum(rate + jnp.sqrt(rate) * z + (z**2 - 1) / 6, 0))
-    return jnp.where(rate < FEW, counts, normal)
+    return data.rounded_counts(decoded)
 
 
 def sample(net, c, key, likelihood):
@@ -241,6 +234,28 @@ def train(net, loss, arrays, rows, plan):
             state, losses = step((*batch, key, np.int32(book.step)), state)
             book.record(state, losses)
     return state.ema, book.end()
+
+
+def stage_plans(plan, prior_epochs):
+    """The plans of the whole and of the prior alone, each with a folder; the first ignores --prior-epochs."""
+    flags = {name: value for name, value in plan.header["flags"].items() if name != "prior_epochs"}
+    second = plan._replace(run=plan.run / "prior", epochs=prior_epochs)
+    cut_off = plan.resume and (second.run / "state.eqx").exists()              # else before it began
+    return plan._replace(header=plan.header | {"flags": flags}), second._replace(resume=cut_off)
+
+
+def encode_block(net, counts, c, key):
+    """Codes (B, 2 L) of responses (B, H, W), for common.in_blocks; nothing is drawn with the key."""
+    return jax.vmap(net.encode)(jnp.log1p(counts.astype(jnp.float32)), c).astype(jnp.float16)
+
+
+def train_prior(net, arrays, rows, plan):
+    """The prior learns on, alone, the codes of the trained encoder: cheap steps, and the target stands still.
+    Returns the network and the seconds."""
+    encode = eqx.filter_jit(eqx.Partial(encode_block, net))
+    codes = common.in_blocks(encode, jax.random.key(0), *arrays)
+    prior, times = train(net.prior, prior_loss, (codes, arrays[1]), rows, plan)
+    return eqx.tree_at(lambda net: net.prior, net, prior), times["train_seconds"]
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -343,23 +358,29 @@ class Decoder(eqx.Module):
 
 
 class Prior(eqx.Module):
-    """p(z | c): affine couplings (Dinh et al. 2017), which lead from N(0, 1) to the latents (L,) of responses
-    of a particle. With z ~ N(0, 1) instead, what is drawn is what no response has: a fifth of ZP's light was
-    missing."""
+    """p(z | c): affine couplings (Dinh et al. 2017) from N(0, 1) to the latents (L,) of responses of a particle.
+    With z ~ N(0, 1) instead a fifth of ZP's light was missing: no response has a latent as it is drawn."""
+    embedding: MLP
     layers: list
+    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, latent, embedding, key, depth=6, width=128):
-        half, keys = latent // 2, jax.random.split(key, depth)
-        self.layers = [MLP(key, half + embedding, width, 2 * (latent - half)) for key in keys]
+    def __init__(self, latent, detector, conditions, key, depth=6, width=128):
+        half, (first, *keys), self.detector = latent // 2, jax.random.split(key, 1 + depth), detector
+        known = len(data.brightness_features(jnp.zeros(conditions), detector))
+        self.embedding = MLP(first, known, width, width, width)
+        self.layers = [MLP(key, half + width, width, 2 * (latent - half)) for key in keys]
+
+    def embed(self, c):
+        return self.embedding(data.brightness_features(c, self.detector))
 
     def coupling(self, layer, first, e):
         """Shift and log scale of the second half, from the first one and an embedding e of the particle."""
         shift, log_scale = jnp.split(layer(jnp.concatenate([first, e])).astype(jnp.float32), 2)
         return shift, 2 * jnp.tanh(log_scale / 2)
 
-    def log(self, z, e):
+    def log(self, z, c):
         """log p(z | c), but for the constant of a normal distribution."""
-        log_determinant = 0.0
+        e, log_determinant = self.embed(c), 0.0
         for layer in self.layers:
             first, second = jnp.split(z, [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -367,9 +388,9 @@ class Prior(eqx.Module):
             log_determinant -= jnp.sum(log_scale)
         return log_determinant - jnp.sum(z**2) / 2
 
-    def draw(self, noise, e):
+    def draw(self, noise, c):
         """z ~ p(z | c) of noise (L,) ~ N(0, 1)."""
-        z = noise
+        e, z = self.embed(c), noise
         for layer in self.layers[::-1]:
             first, second = jnp.split(z[::-1], [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -378,9 +399,10 @@ class Prior(eqx.Module):
 
 
 class Autoencoder(eqx.Module):
-    """Encoder, decoder and what else a variant has. Both of "vae" are conditioned on the particle c, the
-    decoder of "supervised" takes its latent for the particle, that of a noise generator sees its latent
-    alone."""
+    """Encoder, decoder and what else a variant has. The encoder of "vae" sees the particle c, its decoder of
+    it the impact points alone, so that the latent holds the brightness: else an unseen particle gets that of
+    one it has learnt by heart. The decoder of "supervised" takes its latent for the particle, that of a noise
+    generator sees its latent alone."""
     encoder: Encoder
     decoder: Decoder
     embedding: MLP | None
@@ -402,9 +424,9 @@ class Autoencoder(eqx.Module):
         features = data.features(conditions) + NOISE
         self.generator = MLP(keys[1], features, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
-        self.prior = Prior(latent, width, keys[4]) if vae else None
+        self.prior = Prior(latent, detector, conditions, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
-        code = latent + width if vae else latent if noisy else width
+        code = latent if vae or noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
@@ -421,14 +443,11 @@ class Autoencoder(eqx.Module):
 
     def decode(self, z, c):
         """What the decoder makes of a latent z (L,) of a particle c (C,)."""
-        if self.variant == "vae":
-            code = jnp.concatenate([z, self.embed(c)])
-        elif self.variant == "supervised":
+        if self.variant == "supervised":
             c = jnp.clip(z, -10, 10)                                           # as data.conditions
-            code = self.embed(c)
-        else:
-            c, code = c[:0], z
-        return self.decoder(code, data.near_impact(c, self.detector, self.decoder.size))
+            z = self.embed(c)
+        seen = c[:0] if self.variant.startswith("noise") else c
+        return self.decoder(z, data.near_impact(seen, self.detector, self.decoder.size))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -445,10 +464,14 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
+        plan, second = stage_plans(common.plan(args), args.prior_epochs)
+        scaler = data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         loss = partial(batch_loss, variant=args.variant, likelihood=args.likelihood, beta=args.beta)
         net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
+        if args.variant == "vae":
+            net, seconds = train_prior(net, arrays, split.train, second)
+            times["train_seconds"] += seconds
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, likelihood=args.likelihood))
     if args.generate:

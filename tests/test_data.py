@@ -515,23 +515,21 @@ def test_what_falls_on_the_detector(detector):
     assert wide[0] > wide[1] > 3 * wide[2] > 0.1
 
 
-@pytest.mark.parametrize("few, numbers", [(False, 7 * 7 + 4), (True, 8 + 2 * (3 + 5) + 4)])
-def test_brightness_does_not_depend_on_momentum_and_vertex(few, numbers):
+def test_brightness_does_not_depend_on_momentum_and_vertex():
     c, zn = np.random.default_rng(1).normal(size=14).astype(np.float32), data.DETECTORS["zn"]
     pair = c, np.r_[np.zeros(7), c[7:]]
-    found = [np.asarray(data.brightness_features(jnp.asarray(x), zn, few)) for x in pair]
-    assert np.array_equal(*found) and len(found[0]) == numbers
-    assert len(data.brightness_features(jnp.zeros(9), zn, few)) == 7 * 9
+    assert np.array_equal(*(data.brightness_features(jnp.asarray(x), zn) for x in pair))
+    np.testing.assert_array_equal(data.brightness_features(c[:9], zn), data.with_sinusoids(c[:9]))
 
 
-def test_brightness_of_few_particles_has_waves_of_mass_and_distance_from_the_beam():
+def test_brightness_has_waves_of_mass_and_distance_from_the_beam():
     """The distance is that of the straight line, in any direction; nothing else oscillates."""
     zn, away = data.DETECTORS["zn"], np.array([2.0, -1.5]) / data.PLACE_CM
     c = np.r_[np.random.default_rng(2).normal(size=11), np.arcsinh(away), 0.3].astype(np.float32)
     distance = np.arcsinh(2.5 / data.PLACE_CM)
     angles = np.r_[c[7] * np.array([1, 2, 4]), distance * np.array([1, 2, 4, 8, 16])]
     expected = np.r_[c[7:], distance, np.sin(angles), np.cos(angles)]
-    np.testing.assert_allclose(data.brightness_features(c, zn, few=True)[:-4], expected, atol=1e-5)
+    np.testing.assert_allclose(data.brightness_features(c, zn)[:-4], expected, atol=1e-5)
 
 
 def test_raw_conditions_have_no_vicinity():
