@@ -345,6 +345,8 @@ class Logbook(AbstractContextManager):
                 raise UserError(f"{self.path}: --resume needs the flags of the first run; different: "
                                 f"{', '.join(changed)}")
             self.step, self.before, self.checkpoint = found["step"], found["seconds"], self.path
+        else:
+            self.path.unlink(missing_ok=True)                                  # of another run
         files.cut_log(self.plan.run, self.step if self.plan.resume else -1)
         self.bar.update(self.step)
         self.began = self.saved = time.perf_counter()
@@ -372,6 +374,12 @@ class Logbook(AbstractContextManager):
                     for before, after in zip(log, log[1:])]
         return {"train_seconds": self.before + time.perf_counter() - self.began,
                 "step_seconds": float(np.median(per_step)) if per_step else None}
+
+
+def saved_after(run, earlier):
+    """Whether the folder `run` has the state of a training that followed the one in the folder `earlier`."""
+    first, second = (folder / "state.eqx" for folder in (earlier, run))
+    return first.exists() and second.exists() and first.stat().st_mtime_ns <= second.stat().st_mtime_ns
 
 
 # ---------------------------------------------------------------------- layers, optimiser, batches and blocks

@@ -306,7 +306,8 @@ def stage_plan(args, stage, logit):
     if args.stage in later and not saved:
         raise UserError(f"--stage {args.stage} needs {run}: train that stage first, with the same flags")
     # --resume may follow a kill before a later stage began
-    resume = args.stage in later or args.resume and (saved or stage == "sum")
+    begun = stage == "sum" or common.saved_after(run, args.run / STAGES[STAGES.index(stage) - 1])
+    resume = args.stage in later or args.resume and begun
     header, epochs = args.header | {"flags": flags, "logit": logit._asdict()}, getattr(args, OWN[stage][0])
     return common.plan(args)._replace(header=header, run=run, epochs=epochs, resume=resume)
 

@@ -65,7 +65,8 @@ def parse(argv):
 
 def elbo(autoencoder, counts, c, key):
     """The negative evidence lower bound (Kingma and Welling 2014) for one response, counts (H, W), of the
-    particle c (C,): -log p(x | z, c) and KL(q(z | x, c) || N(0, 1)), in nats per fibre."""
+    particle c (C,): -log p(x | z, c), to which checkerboard.py adds a like term of the rates alone, and
+    KL(q(z | x, c) || N(0, 1)), in nats per fibre."""
     mean, std = gaussian(autoencoder.encode(jnp.log1p(counts), c))             # q(z | x, c) = N(mean, std^2)
     z = mean + std * jax.random.normal(key, mean.shape)
     reconstruction = autoencoder.fibres.loss(autoencoder.decode(z, c), counts)
@@ -230,7 +231,7 @@ def stage_plans(plan, stage, flow_epochs):
     if stage == "2" and not (first.run / "state.eqx").exists():
         raise UserError(f"--stage 2 needs the autoencoder of {first.run}: train stage 1 first, "
                         "with the same flags")
-    cut_off = plan.resume and (second.run / "state.eqx").exists()              # else before stage 2 began
+    cut_off = plan.resume and common.saved_after(second.run, first.run)        # else before stage 2 began
     return first._replace(resume=plan.resume or stage == "2"), second._replace(resume=cut_off)
 
 

@@ -1,7 +1,8 @@
 """Autoencoders [Comparison].
 
 An encoder E shrinks a response x to a latent z of a few numbers, a decoder D makes a response of it. There
-are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)):
+are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)), and D
+of `vae` also sees the impact points:
     vae             L = R + beta KL(q(z | x, c) || p(z | c))                  z ~ p(z | c), see Prior
     supervised      L = R + beta |E(x) - c|^2                      (Eq. 1)    z = c
     noise-l2        L = R + beta |G(c, e) - E(x)|^2                           z = G(c, e), e ~ N(0, 1)
@@ -9,14 +10,14 @@ are four ways to a latent for a new particle c, whose response is then D(z); R i
 G is a noise generator and S the Sinkhorn divergence, a distance of two distributions. All terms are per fibre
 or per number of the latent, so that beta does not depend on their sizes.
 
-Photons are counts, drawn from what is decoded as in checkerboard.py, so that R = -log p(x | z) has no weight
-to tune (`--likelihood mse`: squared error of log responses, as the papers). Of `vae` the prior then learns on
-alone: it has to be where the encoder leaves the responses of each particle.
+Photons are counts, drawn from what is decoded as in checkerboard.py, so that R = -log p(x | z, c) has no
+weight to tune (`--likelihood mse`: squared error of log responses, as the papers). After this training the
+prior of `vae` is trained on alone, since it has to match the latents of the responses of each particle.
 
-    python vae.py --detector zn                          nine minutes of training on two CPU cores
+    python vae.py --detector zn                          ten minutes of training on two CPU cores
     python vae.py --load weights/vae-zn.eqx --generate particles.csv --out responses.h5
 
-Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/vae-zn/`.
+Prints the trainings, then every score of metrics.py beside its oracle; ends with `written: runs/vae-zn/`.
 """
 import math
 from functools import partial
@@ -129,14 +130,14 @@ def batch_loss(net, counts, c, key, variant, likelihood, beta):
         # a normal likelihood of the best variance: no weight to tune (Rybkin et al. 2021)
         first = 0.5 * jnp.log(first)
     if variant == "vae" and likelihood == "checkerboard":
-        second *= 2                                                            # its loss has two terms
+        second *= 2                         # its loss has two terms, of the counts and of their rates alone
     return first + beta * second, parts
 
 
 def prior_loss(prior, codes, c, key):
     """-log p(z | c) in nats, but for a constant, of latents drawn for codes (B, 2 L) of conditions c (B, C):
     what is left of the ELBO when encoder and decoder stay as they are."""
-    noise = jax.random.normal(key, (len(c), codes.shape[1] // 2))
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), codes.shape[1] // 2))   # new noise
     z = jax.vmap(draw_code)(codes.astype(jnp.float32), noise)[0]
     nats = -jax.vmap(prior.log)(z, c).mean()
     return nats, {"nats": nats}
@@ -236,24 +237,18 @@ def train(net, loss, arrays, rows, plan):
     return state.ema, book.end()
 
 
-def stage_plans(plan, prior_epochs):
-    """The plans of the whole and of the prior alone, each with a folder; the first ignores --prior-epochs."""
-    flags = {name: value for name, value in plan.header["flags"].items() if name != "prior_epochs"}
-    second = plan._replace(run=plan.run / "prior", epochs=prior_epochs)
-    cut_off = plan.resume and (second.run / "state.eqx").exists()              # else before it began
-    return plan._replace(header=plan.header | {"flags": flags}), second._replace(resume=cut_off)
-
-
 def encode_block(net, counts, c, key):
     """Codes (B, 2 L) of responses (B, H, W), for common.in_blocks; nothing is drawn with the key."""
     return jax.vmap(net.encode)(jnp.log1p(counts.astype(jnp.float32)), c).astype(jnp.float16)
 
 
-def train_prior(net, arrays, rows, plan):
-    """The prior learns on, alone, the codes of the trained encoder: cheap steps, and the target stands still.
-    Returns the network and the seconds."""
-    encode = eqx.filter_jit(eqx.Partial(encode_block, net))
+def train_prior(net, arrays, rows, plan, epochs):
+    """Train the prior alone on the codes of the trained encoder: steps are cheap, and the target stands
+    still. Returns the network and the seconds."""
+    folder, encode = plan.run / "prior", eqx.filter_jit(eqx.Partial(encode_block, net))
+    resume = plan.resume and common.saved_after(folder, plan.run)              # else it had not begun
     codes = common.in_blocks(encode, jax.random.key(0), *arrays)
+    plan = plan._replace(run=folder, epochs=epochs, resume=resume)
     prior, times = train(net.prior, prior_loss, (codes, arrays[1]), rows, plan)
     return eqx.tree_at(lambda net: net.prior, net, prior), times["train_seconds"]
 
@@ -357,21 +352,30 @@ class Decoder(eqx.Module):
         return data.from_patches(self.head(jax.nn.silu(h)), self.size, self.shape)[0].astype(jnp.float32)
 
 
-class Prior(eqx.Module):
-    """p(z | c): affine couplings (Dinh et al. 2017) from N(0, 1) to the latents (L,) of responses of a particle.
-    With z ~ N(0, 1) instead a fifth of ZP's light was missing: no response has a latent as it is drawn."""
-    embedding: MLP
-    layers: list
+class Embedding(eqx.Module):
+    """What decides the brightness of a particle c (C,), as one vector (width,)."""
+    net: MLP
     detector: Detector = eqx.field(static=True)
 
-    def __init__(self, latent, detector, conditions, key, depth=6, width=128):
-        half, (first, *keys), self.detector = latent // 2, jax.random.split(key, 1 + depth), detector
+    def __init__(self, detector, conditions, width, key):
         known = len(data.brightness_features(jnp.zeros(conditions), detector))
-        self.embedding = MLP(first, known, width, width, width)
-        self.layers = [MLP(key, half + width, width, 2 * (latent - half)) for key in keys]
+        self.net, self.detector = MLP(key, known, width, width, width), detector
 
-    def embed(self, c):
-        return self.embedding(data.brightness_features(c, self.detector))
+    def __call__(self, c):
+        return self.net(data.brightness_features(c, self.detector))
+
+
+class Prior(eqx.Module):
+    """p(z | c): affine couplings (Dinh et al. 2017) from N(0, 1) to the latents (L,) of responses of a
+    particle. With z ~ N(0, 1) instead, latents are drawn that no response has, and ZP loses a fifth of its
+    light."""
+    embedding: Embedding
+    layers: list
+
+    def __init__(self, latent, detector, conditions, key, depth=6, width=128):
+        half, (first, *keys) = latent // 2, jax.random.split(key, 1 + depth)
+        self.embedding = Embedding(detector, conditions, width, first)
+        self.layers = [MLP(key, half + width, width, 2 * (latent - half)) for key in keys]
 
     def coupling(self, layer, first, e):
         """Shift and log scale of the second half, from the first one and an embedding e of the particle."""
@@ -380,7 +384,7 @@ class Prior(eqx.Module):
 
     def log(self, z, c):
         """log p(z | c), but for the constant of a normal distribution."""
-        e, log_determinant = self.embed(c), 0.0
+        e, log_determinant = self.embedding(c), 0.0
         for layer in self.layers:
             first, second = jnp.split(z, [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -390,7 +394,7 @@ class Prior(eqx.Module):
 
     def draw(self, noise, c):
         """z ~ p(z | c) of noise (L,) ~ N(0, 1)."""
-        e, z = self.embed(c), noise
+        e, z = self.embedding(c), noise
         for layer in self.layers[::-1]:
             first, second = jnp.split(z[::-1], [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -405,7 +409,7 @@ class Autoencoder(eqx.Module):
     generator sees its latent alone."""
     encoder: Encoder
     decoder: Decoder
-    embedding: MLP | None
+    embedding: Embedding | None
     generator: MLP | None
     prior: Prior | None
     detector: Detector = eqx.field(static=True)
@@ -419,8 +423,7 @@ class Autoencoder(eqx.Module):
         self.detector, self.variant = detector, variant
         self.latent = conditions if variant == "supervised" else latent
         self.noise = latent if vae else NOISE if noisy else 0                  # numbers into a new latent
-        known = len(data.brightness_features(jnp.zeros(conditions), detector))
-        self.embedding = None if noisy else MLP(keys[0], known, width, width, width)
+        self.embedding = None if noisy else Embedding(detector, conditions, width, keys[0])
         features = data.features(conditions) + NOISE
         self.generator = MLP(keys[1], features, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
@@ -430,12 +433,9 @@ class Autoencoder(eqx.Module):
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
-    def embed(self, c):
-        return self.embedding(data.brightness_features(c, self.detector))
-
     def encode(self, x, c):
         """(L,), for "vae" mean and log of the standard deviation (2 L,)."""
-        return self.encoder(x, self.embed(c) if self.variant == "vae" else c[:0])
+        return self.encoder(x, self.embedding(c) if self.variant == "vae" else c[:0])
 
     def generate(self, c, noise):
         """A latent (L,) of the noise generator."""
@@ -445,7 +445,7 @@ class Autoencoder(eqx.Module):
         """What the decoder makes of a latent z (L,) of a particle c (C,)."""
         if self.variant == "supervised":
             c = jnp.clip(z, -10, 10)                                           # as data.conditions
-            z = self.embed(c)
+            z = self.embedding(c)
         seen = c[:0] if self.variant.startswith("noise") else c
         return self.decoder(z, data.near_impact(seen, self.detector, self.decoder.size))
 
@@ -464,19 +464,19 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, second = stage_plans(common.plan(args), args.prior_epochs)
-        scaler = data.first_scaler(args, dataset.particles[split.train])
+        plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         loss = partial(batch_loss, variant=args.variant, likelihood=args.likelihood, beta=args.beta)
         net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
         if args.variant == "vae":
-            net, seconds = train_prior(net, arrays, split.train, second)
+            net, seconds = train_prior(net, arrays, split.train, plan, args.prior_epochs)
             times["train_seconds"] += seconds
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, likelihood=args.likelihood))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    cost = common.network_cost(net.decode, (net.latent,), (conditions,))
+    decoded = lambda net, c, noise: net.decode(draw_latent(net, c, noise), c)
+    cost = common.network_cost(eqx.Partial(decoded, net), (conditions,), (net.noise,))
     return metrics.report(args, draw, scaler, dataset, split, common.BATCHES, **cost, evaluations=1, **times)
 
 

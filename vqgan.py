@@ -355,7 +355,7 @@ def stage_plans(plan, stage, epochs, batch_size):
     if stage == "2" and not (first.run / "state.eqx").exists():
         raise UserError(f"--stage 2 needs the autoencoder of {first.run}: train stage 1 first, "
                         "with the same flags")
-    cut_off = plan.resume and (second.run / "state.eqx").exists()              # else before stage 2 began
+    cut_off = plan.resume and common.saved_after(second.run, first.run)        # else before stage 2 began
     return first._replace(resume=plan.resume or stage == "2"), second._replace(resume=cut_off)
 
 

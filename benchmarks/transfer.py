@@ -31,7 +31,8 @@ STEPS = {"fine-tuned": (300, 5e-4), "fine-tuned, scaling refitted": (300, 5e-4),
          "from nothing": (1000, 2e-3)}              # with their learning rates
 MANY, FEW = 30_000, 1000                            # rows that every script is trained on, fine-tuned on
 SHORT = "--batch-size", 128, "--lr", 5e-4, "--epochs", 60                  # 300 steps on FEW rows
-TUNED = dict.fromkeys(("fm", "diffusion", "vae", "gan"), SHORT) | {"latent_fm": (*SHORT, "--flow-epochs", 60)}
+TUNED = dict.fromkeys(("fm", "diffusion", "gan"), SHORT) | {
+    "vae": (*SHORT, "--prior-epochs", 60), "latent_fm": (*SHORT, "--flow-epochs", 60)}
 
 
 def other_detector(rows, fresh=False):

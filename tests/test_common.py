@@ -584,6 +584,20 @@ def test_logbook_resumes(tmp_path, every_minute):
     assert [record["step"] for record in files.read_log(tmp_path)] == [4]
 
 
+def test_a_state_of_an_earlier_run_is_not_resumed(tmp_path, every_minute):
+    """Neither its own, when a fresh run was cut off before its first save, nor that of a second training."""
+    first, second = plan_of(tmp_path / "first"), plan_of(tmp_path / "second")
+    assert not common.saved_after(second.run, first.run)
+    for plan in (first, second):
+        keep_book(plan)
+    assert common.saved_after(second.run, first.run)
+    keep_book(first, stop=8)                                                   # saved, then cut off
+    assert not common.saved_after(second.run, first.run)
+    keep_book(first, stop=1)                                                   # cut off before it is saved
+    with pytest.raises(UserError, match="expected a checkpoint"):
+        keep_book(first._replace(resume=True))
+
+
 def test_resume_needs_the_same_flags_and_rows(tmp_path, every_minute):
     keep_book(plan_of(tmp_path), stop=8)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
