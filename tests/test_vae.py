@@ -53,8 +53,8 @@ def filled_network(*which):
 # -------------------------------------------------------------------------------------------------- objective
 
 class NormalPrior:
-    log = staticmethod(lambda z, e: -jnp.sum(z**2) / 2)
-    draw = staticmethod(lambda noise, e: noise)
+    log = staticmethod(lambda z, c: -jnp.sum(z**2) / 2)
+    draw = staticmethod(lambda noise, c: noise)
 
 
 class Photons:
@@ -68,7 +68,6 @@ class OneFibre:
     """Latent z ~ N(0, 1), photons from a Poisson distribution of the rate exp(z), any normal q(z | x)."""
     decoder = Photons
     mean, std, prior = 0.3, 0.6, NormalPrior
-    embed = staticmethod(lambda c: c)
     encode = staticmethod(lambda x, c: jnp.log(jnp.array([math.exp(0.3), 0.6])))
     decode = staticmethod(lambda z, c: z.reshape(1, 1))
 
@@ -98,7 +97,7 @@ def test_loss_of_the_prior_alone_is_the_cross_entropy():
 
 class ThreeLatents:
     """Encoder and generator whose latents are known."""
-    prior, embed = NormalPrior, staticmethod(lambda c: c)
+    prior = NormalPrior
     encode = staticmethod(lambda x, c: 3 * c)
     generate = staticmethod(lambda c, noise: c + noise)
     decode = staticmethod(lambda z, c: jnp.zeros((2, 2)))
