@@ -319,8 +319,8 @@ def _features(particles, mode, xp=np):
     wide = particles.astype(float)
     if mode == "raw":
         return wide
-    energy, vx, vy, _, px, py, pz, _, charge = wide.T
-    x, y = (v + simulator.FLIGHT_CM * p / abs(pz) for v, p in ((vx, px), (vy, py)))
+    energy, vx, vy, vz, px, py, pz, _, charge = wide.T
+    x, y = (v + p * (simulator.FLIGHT_CM / abs(pz) - vz / pz) for v, p in ((vx, px), (vy, py)))
     bend = (simulator.FLIGHT_CM - simulator.MAGNET_CM) * simulator.dipole_kick(charge, energy)
     places = xp.arcsinh(xp.column_stack([x, y, x + bend - DETECTORS["zp"].centre]) / PLACE_CM)
     return xp.column_stack([wide, xp.log(energy), 1000 * charge / energy, places])

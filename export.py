@@ -172,12 +172,6 @@ class Slices:
         return self.made.node("Reshape", cut, self.made.sizes(shape))
 
 
-def totals(draws):
-    """{"normal": numbers of a response, "uniform": ...}."""
-    count = lambda kind: sum(math.prod(shape[1:]) for name, shape in draws if name == kind)
-    return {kind: count(kind) for kind in ("normal", "uniform")}
-
-
 # ------------------------------------------------------------------------------------------------------ forms
 
 def batched_model(draw):
@@ -209,10 +203,11 @@ def o2_model(draw, name, chance=None):
         return jnp.where(counts > 0, jnp.log(counts + 1.01), 0.0).transpose(0, 2, 1)    # (1, y, x)
     inputs = particle, hit_number(made, name)
     draws = count_draws(respond, *inputs)
-    first, numbers = draws[0] == ("normal", (1, NOISE)), totals(draws)
-    even = 2 * math.ceil((numbers["normal"] - NOISE * first) / 2)
-    uniforms, tensors = hashed_uniforms(made, "noise", even + numbers["uniform"]), {}
-    for name, start, end in (("normal", 0, even), ("uniform", even, even + numbers["uniform"])):
+    count = lambda kind: sum(math.prod(shape[1:]) for name, shape in draws if name == kind)
+    first, total = draws[0] == ("normal", (1, NOISE)), count("uniform")
+    even = 2 * math.ceil((count("normal") - NOISE * first) / 2)
+    uniforms, tensors = hashed_uniforms(made, "noise", even + total), {}
+    for name, start, end in (("normal", 0, even), ("uniform", even, even + total)):
         tensors[name] = made.node("Slice", uniforms, *map(made.ints, ([start], [end], [1])))
     tensors["normal"] = normals(made, tensors["normal"], even) if even else None
     if first:
@@ -265,15 +260,31 @@ def generator_models(path, hit_path=None):
     """{name: model} of both forms of a generator; O2's with the network of hit.py at `hit_path`, if given."""
     args, draw = open_model(path)
     chance = hit_path and open_hit(hit_path, args.detector, args.header.get("axes", {}))
-    single = o2_model(draw, args.detector, chance)
-    return {path.stem: batched_model(draw), f"{path.stem}-o2": single}
+    name = f"{args.script}-{args.detector}"
+    try:
+        return {name: batched_model(draw), f"{name}-o2": o2_model(draw, args.detector, chance)}
+    except UserError as error:                                                 # of graph.py
+        raise UserError(f"{path}: {error}") from None
 
 
-def hit_models(paths):
-    """{name: model} of the networks of hit.py, {detector: path}, and of O2's classifier by them."""
-    chances = {name: open_hit(path, name, {}) for name, path in paths.items()}
-    models = {path.stem: hit_model(chances[name]) for name, path in paths.items()}
+def hit_models(paths, axes):
+    """{name: model} of the networks of hit.py, {detector: path}, and of O2's classifier by them; `axes` are
+    those of the generators, {detector: dict}."""
+    chances = {name: open_hit(path, name, axes.get(name, {})) for name, path in paths.items()}
+    models = {f"hit-{name}": hit_model(chance) for name, chance in chances.items()}
     return models | {"hit-o2": classifier(chances)}
+
+
+def named(paths):
+    """{"SCRIPT-DETECTOR": (path, header)} of checkpoints. UserError for two of one name."""
+    found = {}
+    for path in paths:
+        header = common.read_header(path)
+        name = f"{header['script']}-{header['detector']}"
+        if name in found:
+            raise UserError(f"{path}: another {name} beside {found[name][0]}, export it to another --out")
+        found[name] = path, header
+    return found
 
 
 def main(argv=None):
@@ -284,12 +295,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("o2"), metavar="FOLDER",
                         help="write the files into this folder (default: o2)")
     args = parser.parse_args(argv)
-    headers = {path: common.read_header(path) for path in args.models}
-    hits = {header["detector"]: path for path, header in headers.items() if header["script"] == "hit"}
-    models = hit_models(hits) if hits else {}
-    for path in [path for path, header in headers.items() if header["script"] != "hit"]:
-        name = headers[path]["detector"]
-        network = hits.get(name, common.WEIGHTS / f"hit-{name}.eqx")
+    checkpoints = named(args.models).values()
+    hits = {header["detector"]: path for path, header in checkpoints if header["script"] == "hit"}
+    generators = [(path, header) for path, header in checkpoints if header["script"] != "hit"]
+    axes = {header["detector"]: header.get("axes", {}) for _, header in generators}
+    models = hit_models(hits, axes) if hits else {}
+    for path, header in generators:
+        network = hits.get(header["detector"], common.WEIGHTS / f"hit-{header['detector']}.eqx")
         models |= generator_models(path, None if args.all_hit else network)
     written = write(args.out, models)
     for file in written:

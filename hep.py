@@ -35,8 +35,14 @@ def is_event_file(path):
 
 
 def read(path, eta):
-    """{"particles": float32 (N, 9), "pdg": (N,), "event": (N,), "particle": (N,)} of a file; UserError."""
+    """{"particles": float32 (N, 9), "pdg": (N,), "event": (N,), "particle": (N,)} of a file, the last two if
+    a ROOT file has them. Neutrinos and nuclei are left out. UserError."""
     columns = read_tree(path) if ".root" in path.name else read_hepmc(path, eta)
+    ids = np.abs(columns["pdg"])
+    if nuclei := np.count_nonzero(ids > NUCLEI):
+        print(f"{path}: {nuclei} nuclei are left out, no model has seen one")
+    kept = (ids <= NUCLEI) & ~np.isin(ids, DARK)
+    columns = {name: column[kept] for name, column in columns.items()}
     return columns | {"particles": data.check_particles(path, columns["particles"])}
 
 
@@ -44,7 +50,7 @@ def read(path, eta):
 
 def charges(pdg):
     """Charges in e of PDG ids (N,), from the digits of their quarks [PDG, Monte Carlo numbering]."""
-    a, found = np.abs(pdg), np.zeros(len(pdg))
+    a = np.abs(pdg)
     one, two, three = (THIRDS[a // k % 10] for k in (1000, 100, 10))
     down = a // 100 % 10 % 2 == 1                                              # K+ is 321, of u and anti-s
     found = np.where(a // 1000 % 10 > 0, one + two + three, np.where(down, three - two, two - three))
@@ -73,46 +79,46 @@ def check_listing(path):
 
 def read_hepmc(path, eta):
     """Final-state particles of all events with a |pseudorapidity| of at least `eta`, numbered as in the
-    file. Neutrinos and nuclei are left out."""
+    file, or if it repeats a number, events from 0."""
     pyhepmc, (events, listed) = imported("pyhepmc"), check_listing(path)
     for name in ("print_errors", "print_warnings", "debug_level"):             # ours is the one line
         setattr(pyhepmc.Setup, name, 0)
-    found, seen, nuclei = [], 0, 0
+    found, seen, numbers = [], 0, []
     with pyhepmc.open(str(path)) as file:
         for _ in range(events):
             if not (event := file.read()):                                     # an empty one, or damage
                 continue
             event.set_units(pyhepmc.Units.MomentumUnit.GEV, pyhepmc.Units.LengthUnit.CM)
             seen += len(event.particles)
+            numbers.append(event.event_number)
             for particle in event.particles:
                 p = particle.momentum
                 forward = abs(p.pz) >= np.sinh(eta) * p.pt()
-                if particle.status != 1 or abs(particle.pid) in DARK or not forward:
-                    continue
-                if abs(particle.pid) > NUCLEI:
-                    nuclei += 1
+                if particle.status != 1 or not forward:
                     continue
                 vertex = particle.production_vertex
                 place = vertex.position if vertex else event.event_pos()
                 mass = 0.0 if particle.pid == 22 else 1000 * particle.generated_mass
                 found.append((p.e, place.x, place.y, place.z, p.px, p.py, p.pz, mass, particle.pid,
-                              event.event_number, particle.id))
+                              len(numbers) - 1, particle.id))
     if seen != listed:
         raise UserError(f"{path}: damaged, {seen} of {listed} particles could be read")
-    if nuclei:
-        print(f"{path}: {nuclei} nuclei are left out, no model has seen one")
     if not found:
         raise UserError(f"{path}: no particle with |eta| of --min-eta {eta:g} or more in {events} events")
+    if len(set(numbers)) < len(numbers):
+        print(f"{path}: numbers of events repeat, they are numbered from 0 as they come")
+        numbers = range(len(numbers))
     table = np.array(found)
     pdg = table[:, 8].astype(np.int32)
     return {"particles": np.column_stack([table[:, :8], charges(pdg)]), "pdg": pdg,
-            "event": table[:, 9].astype(np.int64), "particle": table[:, 10].astype(np.int32)}
+            "event": np.array(numbers, np.int64)[table[:, 9].astype(int)],
+            "particle": table[:, 10].astype(np.int32)}
 
 
 # ------------------------------------------------------------------------------------------------------- ROOT
 
 def read_tree(path):
-    """Particles of a tree, one in each entry; `event` and `particle` are 0 and the entry's number without."""
+    """Particles of a tree, one in each entry."""
     uproot, (name, _, tree) = imported("uproot"), str(path).partition(".root:")
     try:
         file = uproot.open(name if name.endswith(".root") else f"{name}.root")
@@ -132,9 +138,8 @@ def read_tree(path):
     if ragged := [key for key in known if table[key].dtype.kind not in "iuf" or table[key].ndim > 1]:
         raise UserError(f"{path}: branch {ragged[0]} is not one number for each entry")
     particles = np.stack([table[key] for key in FEATURES], axis=1)
-    numbers = {"event": np.zeros(len(particles)), "particle": np.arange(len(particles))} | table
-    return {"particles": particles, "pdg": data.check_pdg(path, table.get("pdg"), particles),
-            "event": numbers["event"].astype(np.int64), "particle": numbers["particle"].astype(np.int32)}
+    numbers = {key: table[key].astype(np.int64) for key in ("event", "particle") if key in table}
+    return {"particles": particles, "pdg": data.check_pdg(path, table.get("pdg"), particles)} | numbers
 
 
 BRANCHES = {"event": "int64", "particle": "int32", "side": "int8", "pdg": "int32",

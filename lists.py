@@ -7,6 +7,7 @@ A list is HDF5, npz, CSV or an event file (hep.py). Its responses are drawn in c
 its own key, whatever rows a job asks for.
 """
 import resource
+import sys
 import time
 import zlib
 from contextlib import nullcontext
@@ -24,6 +25,8 @@ import orientation
 from common import UserError
 from simulator import FEATURES
 
+FAR_CM = 100   # from the collision: beyond it are products of decays, not primary particles
+
 
 def aimed(generate, args):
     """A function like `generate` (see metrics.generator) for particles and responses on the axes of --axes or
@@ -37,6 +40,7 @@ def mark(args):
     """A checksum of the list, the model and all flags that decide about responses: parts of one have one."""
     apart = "rows", "out", "events", "quiet", "threads", "run", "command", "load", "hit", "generate", "header"
     flags = sorted((name, str(value)) for name, value in vars(args).items() if name not in apart)
+    flags += [str(args.generate).partition(".root:")[2]]                       # the tree
     found = zlib.crc32(repr(flags).encode())
     for path in (tree_file(args.generate), args.load, *([] if args.all_hit else [args.hit])):
         found = zlib.crc32(path.read_bytes(), found)
@@ -51,6 +55,8 @@ def tree_file(path):
 def check_paths(args):
     """UserError if an output would replace another one, or what is read."""
     read = {path.resolve() for path in (args.load, tree_file(args.generate), args.hit) if path}
+    if args.events and args.events.suffix == ".root":
+        raise UserError(f"{args.events}: sums over events are written as HDF5, not ROOT")
     for path in (args.out, args.events):
         if path and path.resolve() in read:
             raise UserError(f"{path}: would replace another file of this command")
@@ -72,23 +78,29 @@ def write(args, generate, channels):
     check_paths(args)
     columns = (hep.read(args.generate, args.min_eta) if hep.is_event_file(args.generate)
                else dict(zip(("particles", "pdg"), read_particles(args.generate))))
-    particles, sums = columns["particles"], []
+    particles, dark, sums = columns["particles"], np.isin(np.abs(columns["pdg"]), hep.DARK), []
     first, last = part(args.rows, len(particles))
     if args.events and ("event" not in columns or args.rows):
-        raise UserError("--events needs a whole event file, HepMC or ROOT, and no --rows")
+        raise UserError("--events needs a whole HepMC file, or a tree with a branch event, and no --rows")
+    far = np.count_nonzero((np.abs(particles[:, 1:4]).max(1) > FAR_CM) & (particles[:, 8] != 0))
+    if far:
+        print(f"{args.generate}: {far} charged particles start more than {FAR_CM / 100:g} m from the "
+              "collision, the magnets bend them here as if they came from it")
     generate, chunk, began = aimed(generate, args), 32 * common.BLOCK, time.perf_counter()
 
     def blocks():
         for start in common.progress(range(first - first % chunk, last, chunk), "generating", args.quiet):
             whole, kept = slice(start, start + chunk), slice(max(first - start, 0), last - start)
-            responses = generate(particles[whole], start)[kept]                # the same for all --rows
+            responses = generate(particles[whole], start)                      # the same for all --rows
+            responses[dark[whole]] = 0                                         # neutrinos
+            responses = responses[kept]
             found = channels(responses)
             sums.extend([found] if args.events else [])
             yield {"responses": responses, "channels": found} | {
                 name: column[whole][kept] for name, column in columns.items()}
 
     about = dict(detector=args.detector, script=args.script, seed=args.seed, checkpoint=str(args.load),
-                 hit="" if args.all_hit else str(args.hit), mark=mark(args))
+                 hit="" if args.all_hit else str(args.hit), convention="papers", mark=mark(args))
     save = hep.save_tree if args.out.suffix == ".root" else data.save_blocks
     with files.write_atomic(args.events) if args.events else nullcontext() as temporary:
         if temporary:
@@ -98,14 +110,16 @@ def write(args, generate, channels):
             found = hep.event_sums(columns["event"], particles, np.concatenate(sums))
             data.save_blocks(temporary, len(found["event"]), [found], **about)
     rate = (last - first) / (time.perf_counter() - began)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"{last - first} responses -> {args.out}; {rate:.0f} per second, at most {memory:.0f} MiB in use")
     return {"rows": last - first, "out": str(args.out)}
 
 
 def read_particles(path):
     """A particle list to generate for: particles float32 (N, 9) and pdg int32 (N,), 0 where not known.
-    HDF5 (`particles`, optional `pdg`), npz (N, 9 or 10, key arr_0) or CSV with a header; else UserError."""
+    HDF5 (`particles`, optional `pdg`), npz (N, 9 or 10, key arr_0) or CSV with a header; else UserError, and
+    for nuclei."""
     path = Path(path)
     if path.suffix == ".csv":
         particles, pdg = _read_csv(path)
@@ -113,6 +127,8 @@ def read_particles(path):
         particles, pdg = data.split_table(path, data.npz_array(path))
     else:
         particles, pdg = data.read_hdf5(path, needed=("particles",))
+    if (nuclei := np.abs(pdg) > hep.NUCLEI).any():
+        raise UserError(f"{path}: row {nuclei.argmax()} is a nucleus, which no model has seen")
     return data.check_particles(path, particles), pdg
 
 
@@ -120,7 +136,7 @@ def _read_csv(path):
     """Columns in any order, named as FEATURES, and optionally pdg."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     header, lines = [name.strip() for name in header.split(",")], [line for line in lines if line.strip()]
     if missing := [name for name in FEATURES if name not in header]:
         raise UserError(f"{path}: the first line must name the columns {', '.join(FEATURES)}; "

@@ -383,6 +383,16 @@ def test_conditions_of_extremes_stay_finite():
             assert np.isfinite(c).all() and np.abs(c).max() <= 10
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+def test_impact_points_are_those_of_the_line_wherever_it_starts(side):
+    """A particle further along its line, on either side, hits the same fibre."""
+    start = np.array([1000, 0.1, -0.2, 5, 0.3, 0.2, side * 999.9, 939.565, 0])
+    along = np.array([start + t * np.array([0, *start[4:7], 0, 0, 0, 0, 0]) for t in (0, 0.1, 6)])
+    assert abs(along[2, 3]) > 5900                                             # 60 m
+    found = data._features(along, "physics")[:, -3:]
+    np.testing.assert_allclose(found, found[:1].repeat(3, 0), rtol=1e-9)
+
+
 def test_impact_is_a_condition():
     particles = np.stack([particle(22, 900.0, 900 * x / simulator.FLIGHT_CM) for x in (-3.0, 0.0, 3.0)])
     scaler = PLAIN

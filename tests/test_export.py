@@ -203,6 +203,37 @@ def test_what_cannot_be_exported(name, message, tmp_path, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o2").exists()
 
 
+def test_names_are_those_of_script_and_detector(tmp_path):
+    """Not of the files: every run has a model.eqx. Two of one name would replace each other."""
+    paths = [tmp_path / name / "model.eqx" for name in ("a", "b")]
+    for path, name in zip(paths, ("vae-zn", "vae-zp")):
+        path.parent.mkdir()
+        path.write_bytes((WEIGHTS / f"{name}.eqx").read_bytes())
+    found = export.named(paths)
+    assert list(found) == ["vae-zn", "vae-zp"] and [path for path, _ in found.values()] == paths
+    with pytest.raises(common.UserError, match="another vae-zp beside"):
+        export.named([*paths, WEIGHTS / "vae-zp.eqx"])
+
+
+def test_what_cannot_be_converted_names_its_file(monkeypatch):
+    def refuse(draw):
+        raise common.UserError("no node of ONNX for the operation scan")
+    monkeypatch.setattr(export, "batched_model", refuse)
+    with pytest.raises(common.UserError, match="gan-zn.eqx: no node of ONNX"):
+        export.generator_models(WEIGHTS / "gan-zn.eqx")
+
+
+def test_the_classifier_sees_the_axes_of_the_generators(tmp_path, monkeypatch):
+    header, net = common.load_checkpoint(WEIGHTS / "gan-zn.eqx", *gan_like())
+    axes = Axes("yX", (0.4, -0.2))._asdict()
+    common.save_checkpoint(tmp_path / "mine.eqx", header | {"axes": axes}, net)
+    seen = {}
+    monkeypatch.setattr(export, "hit_models", lambda paths, axes: seen.update(axes) or {})
+    monkeypatch.setattr(export, "generator_models", lambda *_: {})
+    export.main([str(tmp_path / "mine.eqx"), str(WEIGHTS / "hit-zn.eqx"), "--out", str(tmp_path)])
+    assert Axes(**seen["zn"]) == Axes("yX", [0.4, -0.2])
+
+
 def test_a_model_of_a_user_keeps_its_axes(tmp_path):
     """Its particles are moved, its responses turned, in both forms."""
     header, net = common.load_checkpoint(WEIGHTS / "gan-zn.eqx", *gan_like())

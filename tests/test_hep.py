@@ -81,6 +81,20 @@ def test_particles_of_events(dataset, tmp_path, unit, length):
     assert all(np.array_equal(again[name], found[name]) for name in found)
 
 
+def test_repeated_numbers_of_events(dataset, tmp_path, capsys):
+    """Files of several runs joined: each event is one."""
+    row = dataset.particles[0], dataset.pdg[0], 1
+    for name, numbers in (("a", (4, 5)), ("b", (5, 6))):
+        write_hepmc(tmp_path / f"{name}.hepmc", {number: [row] for number in numbers})
+    first, second = ((tmp_path / f"{name}.hepmc").read_text() for name in "ab")
+    end = "HepMC::Asciiv3-END_EVENT_LISTING"
+    (tmp_path / "c.hepmc").write_text(first.partition(end)[0] + second.partition("START_EVENT_LISTING\n")[2])
+    assert hep.read(tmp_path / "a.hepmc", 0.0)["event"].tolist() == [4, 5]
+    assert not capsys.readouterr().out
+    assert hep.read(tmp_path / "c.hepmc", 0.0)["event"].tolist() == [0, 1, 2, 3]
+    assert "numbers of events repeat" in capsys.readouterr().out
+
+
 def test_only_forward_final_particles_are_taken(tmp_path):
     def particle(pt, pz, pdg=2112, status=1):
         mass = 939.565 if pdg == 2112 else 0.0
@@ -158,7 +172,17 @@ def test_particles_of_a_tree(dataset, tmp_path):
         np.testing.assert_array_equal(found["particle"], np.arange(200) % 7)
     write_tree(path, dataset, without=("pdg",))
     found = hep.read(path, 6.0)
-    assert not found["pdg"].any() and not found["event"].any()
+    assert not found["pdg"].any() and found.keys() == {"particles", "pdg"}
+
+
+def test_neutrinos_and_nuclei_of_a_tree_are_left_out(dataset, tmp_path, capsys):
+    pdg = dataset.pdg.copy()
+    pdg[[3, 50]], pdg[7] = (12, -14), 1000020040
+    write_tree(tmp_path / "a.root", dataset._replace(pdg=pdg), event=np.arange(200))
+    found = hep.read(tmp_path / "a.root", 6.0)
+    np.testing.assert_array_equal(found["event"], np.delete(np.arange(200), [3, 7, 50]))
+    np.testing.assert_array_equal(found["particles"], np.delete(dataset.particles, [3, 7, 50], axis=0))
+    assert "a.root: 1 nuclei are left out" in capsys.readouterr().out
 
 
 BAD_TREES = {
@@ -255,8 +279,10 @@ def test_sums_over_events(job, tmp_path):
 def test_sums_need_events_and_all_rows(job, dataset, tmp_path):
     tiny.save(tmp_path / "list.h5", dataset)
     for flags in (dict(rows="0:50"), dict(generate=tmp_path / "list.h5")):
-        with pytest.raises(UserError, match="--events needs a whole event file"):
+        with pytest.raises(UserError, match="--events needs a whole HepMC file"):
             job("out.h5", events=tmp_path / "sums.h5", **flags)
+    with pytest.raises(UserError, match="sums.root: sums over events are written as HDF5"):
+        job("out.h5", events=tmp_path / "sums.root")
     assert not (tmp_path / "out.h5").exists() and not (tmp_path / "sums.h5").exists()
 
 

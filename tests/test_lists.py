@@ -138,3 +138,41 @@ def test_damaged_parts(damage, job, tmp_path):
         bad.write_bytes({"text": b"no", "half": bad.read_bytes()[:600]}[damage])
     with pytest.raises(UserError, match=f"{bad.name}: expected an HDF5 file that --generate has written"):
         lists.merge([first, bad], tmp_path / "out.h5")
+
+
+# ----------------------------------------------------------------------------------------- what is in a list
+
+def test_neutrinos_get_no_light(job, tmp_path):
+    """Others get what they get without them, in jobs as well."""
+    before, listed = job(), data.open_data("zn", ROWS, quiet=True)
+    listed.pdg[[2, 50]] = 12, -16
+    tiny.save(tmp_path / "list.h5", listed)
+    with h5py.File(before) as file:
+        expected = file["responses"][:]
+    expected[[2, 50]] = 0
+    for rows in ("0:150", "40:60"):
+        with h5py.File(job(rows)) as file:
+            first, last = map(int, rows.split(":"))
+            np.testing.assert_array_equal(file["responses"], expected[first:last])
+
+
+def test_a_nucleus_is_refused(job, tmp_path):
+    listed = data.open_data("zn", ROWS, quiet=True)
+    listed.pdg[7] = 1000020040
+    tiny.save(tmp_path / "list.h5", listed)
+    with pytest.raises(UserError, match="list.h5: row 7 is a nucleus"):
+        job()
+
+
+def test_charged_particles_from_afar_are_counted(job, tmp_path, capsys):
+    listed = data.open_data("zn", ROWS, quiet=True)
+    listed.particles[:3, 3], listed.particles[:3, 8] = (-5000, 200, 50), 1
+    tiny.save(tmp_path / "list.h5", listed)
+    job()
+    assert "list.h5: 2 charged particles start more than 1 m" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark(tmp_path):
+    names, row = ",".join(lists.FEATURES), "100,0,0,0,0,0,100,0,0"
+    (tmp_path / "a.csv").write_text(f"{names}\n{row}\n", encoding="utf-8-sig")
+    assert lists.read_particles(tmp_path / "a.csv")[0].tolist() == [[100, 0, 0, 0, 0, 0, 100, 0, 0]]
