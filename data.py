@@ -390,35 +390,26 @@ def patch_grid(shape, size):
     return tuple(-(-n // size) for n in shape)
 
 
-def with_sinusoids(c):
-    """Conditions c (C,) and sines and cosines of them, (features(C),): a particle as our networks see it.
-
-    Low frequencies of each condition, high ones of the impact coordinates, the last three ("raw": px and py).
-    High frequencies of every condition, or random mixtures as in the usual Fourier features, let a network
-    memorise its training particles: W of unseen ones more than doubles.
+def features(c, detector):
+    """A particle as our networks see it, from its conditions c (C,): what decides how much light it leaves in
+    a detector. Mass, charge, log E, charge / E and impact points, how far the straight line ends from the
+    beam, waves of mass and distance, since types and the edge of the beam pipe are steps, and how much of a
+    shower at either point falls on it. With momenta and vertex, or waves of all, a network knows its training
+    particles by heart: W of unseen ones is up to twice as large. "raw": all, with waves of px and py.
     """
-    places = c[4:6] if len(c) < CONDITIONS["physics"] else c[-3:]
-    low, high = jnp.outer(2.0 ** jnp.arange(3), c), jnp.outer(2.0 ** jnp.arange(3, 7), places)
-    angles = jnp.concatenate([low.ravel(), high.ravel()])
-    return jnp.concatenate([c, jnp.sin(angles), jnp.cos(angles)])
-
-
-def features(conditions):
-    """The length of with_sinusoids for that many conditions."""
-    return len(with_sinusoids(jnp.zeros(conditions)))
-
-
-def brightness_features(c, detector):
-    """What decides how much light a particle c (C,) leaves in a detector: mass, charge, log E, charge / E and
-    impact points, how far the straight line ends from the beam, waves of mass and distance, since types and
-    the edge of the beam pipe are steps, and how much of a shower at either point falls on it. With momenta
-    and vertex, or waves of all, a network knows its particles by heart. "raw": with_sinusoids."""
     if len(c) < CONDITIONS["physics"]:
-        return with_sinusoids(c)
+        angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(),
+                                  jnp.outer(2.0 ** jnp.arange(3, 7), c[4:6]).ravel()])
+        return jnp.concatenate([c, jnp.sin(angles), jnp.cos(angles)])
     mass, distance = c[7], jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                 # in PLACE_CM
     angles = jnp.append(2.0 ** jnp.arange(3) * mass, 2.0 ** jnp.arange(5) * distance)
     seen, falls = jnp.append(c[7:], distance), vicinity(c, detector, 4)[1].sum((0, 2))
     return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+
+
+def feature_count(conditions, detector):
+    """The length of `features` for that many conditions."""
+    return len(features(jnp.zeros(conditions), detector))
 
 
 def vicinity(c, detector, size):

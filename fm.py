@@ -217,15 +217,16 @@ class Embedding(eqx.Module):
     """Time t and particle c (C,) as one vector (width,)."""
     first: Linear
     second: Linear
+    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, conditions, width, key):
-        keys = jax.random.split(key)
-        self.first = Linear(data.features(conditions) + 16, width, keys[0])
+    def __init__(self, detector, conditions, width, key):
+        keys, self.detector = jax.random.split(key), detector
+        self.first = Linear(data.feature_count(conditions, detector) + 16, width, keys[0])
         self.second = Linear(width, width, keys[1])
 
     def __call__(self, t, c):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        h = jnp.concatenate([data.with_sinusoids(c), jnp.sin(angles), jnp.cos(angles)])
+        h = jnp.concatenate([data.features(c, self.detector), jnp.sin(angles), jnp.cos(angles)])
         return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
 
 
@@ -274,7 +275,7 @@ class Dense(eqx.Module):
         patches, near = data.near_impact(jnp.zeros(conditions), detector, size).shape
         lights = len(data.vicinity(jnp.zeros(conditions), detector, size)[1][0])
         self.detector, self.size = detector, size
-        self.embedding = Embedding(conditions, embedding, next(keys))
+        self.embedding = Embedding(detector, conditions, embedding, next(keys))
         self.local = Linear(9 * size**2 + near, hidden, next(keys))
         self.position = jnp.zeros((patches, hidden))
         self.mix = Linear(2 * hidden, hidden, next(keys))

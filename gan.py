@@ -330,7 +330,7 @@ class Generator(eqx.Module):
         keys = iter(jax.random.split(key, 7 + BLOCKS))
         patches, near = data.near_impact(jnp.zeros(conditions), detector, SIZE).shape
         self.detector = detector
-        self.code = MLP(next(keys), data.features(conditions) + NOISE, 128, 128, 128)
+        self.code = MLP(next(keys), data.feature_count(conditions, detector) + NOISE, 128, 128, 128)
         self.enter = Linear(128, patches * WIDTH, next(keys))
         self.position = 0.1 * jax.random.normal(next(keys), (patches, WIDTH))
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
@@ -341,7 +341,7 @@ class Generator(eqx.Module):
             self.head, self.fibres = Linear(hidden, SIZE**2, next(keys), scale=0.1), None
 
     def __call__(self, c, noise):
-        code = self.code(jnp.concatenate([data.with_sinusoids(c), noise]))
+        code = self.code(jnp.concatenate([data.features(c, self.detector), noise]))
         h = self.enter(code).reshape(self.position.shape) + self.position      # (P, WIDTH)
         for block in self.blocks:
             h = block(h)
@@ -377,12 +377,12 @@ class Critic(eqx.Module):
         self.patches = Linear(SIZE**2 + 3, WIDTH, next(keys))
         self.position = 0.1 * jax.random.normal(next(keys), (patches, WIDTH))
         self.blocks = [TransformerBlock(None, WIDTH, next(keys)) for _ in range(BLOCKS)]
-        self.known = MLP(next(keys), data.features(conditions), 128, 128, 128)
+        self.known = MLP(next(keys), data.feature_count(conditions, detector), 128, 128, 128)
         self.embed = Linear(patches * WIDTH + bumps + 3 + hidden + 128, EMBEDDING, next(keys))
         self.out = Linear(EMBEDDING, 1, next(keys))
 
     def __call__(self, x, c):
-        known = self.known(data.with_sinusoids(c))
+        known = self.known(data.features(c, self.detector))
         bumps = data.vicinity(c, self.detector, SIZE)[1]
         patches, bumps = common.cast((data.to_patches(x, SIZE), bumps), known.dtype)
         sums = jnp.stack([patches**2, patches, jnp.minimum(patches, 1)]).sum(2).T  # (P, 3)

@@ -189,7 +189,7 @@ class Hit(eqx.Module):
         self.net = MLP(key, inputs, width, width, width, CUT + 1)
 
     def features(self, c):
-        """Like data.brightness_features, with waves of all: there are a hundred times as many particles."""
+        """Like data.features, with waves of all: there are a hundred times as many particles."""
         angles = jnp.outer(2.0 ** jnp.arange(3), c[7:]).ravel()
         falls = data.vicinity(c, self.detector, 4)[1].sum((0, 2))
         return jnp.concatenate([c[7:], jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])

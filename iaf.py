@@ -321,7 +321,7 @@ def train_stages(args, dataset, split, scaler):
     ready = partial(finish, args, scaler, data.select(dataset, split.validation), found)
     arrays, loss = (dataset.responses, c), partial(sum_loss, low=logit.low)
     plan = stage_plan(args, "sum", logit)
-    totals, found["sum"] = train(Mixture(c.shape[1], key), loss, arrays, rows, plan)
+    totals, found["sum"] = train(Mixture(DETECTORS[args.detector], c.shape[1], key), loss, arrays, rows, plan)
     if args.stage == "sum":
         return None, None, found
     plan = stage_plan(args, "teacher", logit)
@@ -365,15 +365,17 @@ def finish(args, scaler, part, found, run, net):
 class Mixture(eqx.Module):
     """P(S | c), a mixture of logistic distributions of log S: log weights, locations, log scales, (3, K)."""
     layers: list
+    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, conditions, key, width=192):
-        keys, inputs = jax.random.split(key, 3), data.features(conditions)
+    def __init__(self, detector, conditions, key, width=192):
+        keys, self.detector = jax.random.split(key, 3), detector
+        inputs = data.feature_count(conditions, detector)
         self.layers = [Linear(inputs, width, keys[0]), Linear(width, width, keys[1]),
                        Linear(width, 3 * COMPONENTS, keys[2], scale=0.1)]
 
     def __call__(self, c):
         first, second, last = self.layers
-        h = jax.nn.silu(second(jax.nn.silu(first(data.with_sinusoids(c)))))
+        h = jax.nn.silu(second(jax.nn.silu(first(data.features(c, self.detector)))))
         weights, locations, scales = last(h).astype(jnp.float32).reshape(3, COMPONENTS)
         spread = jnp.linspace(2.0, 8.0, COMPONENTS)                            # logs of 7 to 3000 photons
         return jnp.stack([jax.nn.log_softmax(weights), spread + 3 * locations, jnp.clip(scales - 1, -6, 2)])
@@ -522,7 +524,8 @@ class Flow(eqx.Module):
     def __init__(self, detector, conditions, logit, kind, key, orders, width=None, embedding=96, **sizes):
         self.detector, self.logit, self.kind = detector, logit, kind
         self.orders = orders if kind == "teacher" else orders[::-1]
-        keys, inputs = iter(jax.random.split(key, 2 + len(orders))), data.features(conditions) + 7
+        keys = iter(jax.random.split(key, 2 + len(orders)))
+        inputs = data.feature_count(conditions, detector) + 7
         self.embedding = [Linear(inputs, embedding, next(keys)), Linear(embedding, embedding, next(keys))]
         near = self.given(jnp.zeros(conditions), jnp.ones(()))[1].shape[1]
         sizes["width"] = width or math.prod(detector.shape) // 20
@@ -533,7 +536,7 @@ class Flow(eqx.Module):
         data.near_impact with the logs of its wide bumps."""
         log_total = jnp.log(total)[None] / 2 - 2
         angles = log_total * 2.0 ** jnp.arange(3)
-        h = jnp.concatenate([data.with_sinusoids(c), log_total, jnp.sin(angles), jnp.cos(angles)])
+        h = jnp.concatenate([data.features(c, self.detector), log_total, jnp.sin(angles), jnp.cos(angles)])
         for layer in self.embedding:
             h = jax.nn.silu(layer(h))
         near = data.near_impact(c, self.detector, 1)
@@ -571,7 +574,8 @@ class Generator(eqx.Module):
 
 def make_generator(net, kind, detector, logit, conditions, key):
     """An untrained Generator: the shapes of a checkpoint."""
-    return Generator(Mixture(conditions, key), NETWORKS[net](detector, conditions, logit, kind, key))
+    flow = NETWORKS[net](detector, conditions, logit, kind, key)
+    return Generator(Mixture(detector, conditions, key), flow)
 
 
 # ----------------------------------------------------------------------------------------------------- spline

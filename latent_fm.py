@@ -356,15 +356,15 @@ class DenseFlow(eqx.Module):
 
     def __init__(self, detector, conditions, latent, key, width=112, depth=3, embedding=192, times=32):
         keys, self.detector = iter(jax.random.split(key, 5 + depth)), detector
-        seen = data.brightness_features(jnp.zeros(conditions), detector)
-        self.particle = [Linear(n, embedding, next(keys)) for n in (len(seen), embedding)]
+        seen = data.feature_count(conditions, detector)
+        self.particle = [Linear(n, embedding, next(keys)) for n in (seen, embedding)]
         self.time, self.enter = Linear(16, times, next(keys)), Linear(latent, width, next(keys))
         self.blocks = [FlowBlock(width, embedding, times, next(keys)) for _ in range(depth)]
         self.out = Linear(width, latent, next(keys), scale=0.1)
 
     def __call__(self, z, t, c):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        particle = data.brightness_features(c, self.detector)
+        particle = data.features(c, self.detector)
         for layer in self.particle:
             particle = jax.nn.silu(layer(particle))
         time = jax.nn.silu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))

@@ -437,7 +437,7 @@ class GPT(eqx.Module):
 
     def __init__(self, particle, grid, key, width=128, depth=6, heads=4):
         keys, (patches, near) = iter(jax.random.split(key, 4 + depth)), grid.sizes
-        self.grid, self.particle = grid, particle(grid.conditions, width, next(keys))
+        self.grid, self.particle = grid, particle(grid, width, next(keys))
         self.table = normal(next(keys), grid.codes, width, scale=0.5)
         self.position = jnp.zeros((patches + (0 if grid.conditions else PARTICLE_TOKENS - 1), width))
         self.near = Linear(near, width, next(keys))

@@ -358,11 +358,11 @@ class Embedding(eqx.Module):
     detector: Detector = eqx.field(static=True)
 
     def __init__(self, detector, conditions, width, key):
-        known = len(data.brightness_features(jnp.zeros(conditions), detector))
+        known = data.feature_count(conditions, detector)
         self.net, self.detector = MLP(key, known, width, width, width), detector
 
     def __call__(self, c):
-        return self.net(data.brightness_features(c, self.detector))
+        return self.net(data.features(c, self.detector))
 
 
 class Prior(eqx.Module):
@@ -424,7 +424,7 @@ class Autoencoder(eqx.Module):
         self.latent = conditions if variant == "supervised" else latent
         self.noise = latent if vae else NOISE if noisy else 0                  # numbers into a new latent
         self.embedding = None if noisy else Embedding(detector, conditions, width, keys[0])
-        features = data.features(conditions) + NOISE
+        features = data.feature_count(conditions, detector) + NOISE
         self.generator = MLP(keys[1], features, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, detector, conditions, keys[4]) if vae else None
@@ -439,7 +439,7 @@ class Autoencoder(eqx.Module):
 
     def generate(self, c, noise):
         """A latent (L,) of the noise generator."""
-        return self.generator(jnp.concatenate([data.with_sinusoids(c), noise])).astype(jnp.float32)
+        return self.generator(jnp.concatenate([data.features(c, self.detector), noise])).astype(jnp.float32)
 
     def decode(self, z, c):
         """What the decoder makes of a latent z (L,) of a particle c (C,)."""

@@ -390,15 +390,16 @@ class Embedding(eqx.Module):
     """Time t and particle c (C,) as one vector (width,)."""
     first: Linear
     second: Linear
+    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, conditions, width, key):
-        keys = jax.random.split(key)
-        self.first = Linear(data.features(conditions) + 16, width, keys[0])
+    def __init__(self, detector, conditions, width, key):
+        keys, self.detector = jax.random.split(key), detector
+        self.first = Linear(data.feature_count(conditions, detector) + 16, width, keys[0])
         self.second = Linear(width, width, keys[1])
 
     def __call__(self, t, c):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        h = jnp.concatenate([data.with_sinusoids(c), jnp.sin(angles), jnp.cos(angles)])
+        h = jnp.concatenate([data.features(c, self.detector), jnp.sin(angles), jnp.cos(angles)])
         return jax.nn.silu(self.second(jax.nn.silu(self.first(h))))
 
 
@@ -463,7 +464,7 @@ class Decoder(eqx.Module):
 
     def __init__(self, grid, how, key, width=192, depth=2, hidden=96, embedding=128, features=64):
         keys, (patches, near) = iter(jax.random.split(key, 7 + depth)), grid.sizes
-        self.grid, self.embedding = grid, Embedding(grid.conditions, embedding, next(keys))
+        self.grid, self.embedding = grid, Embedding(grid.detector, grid.conditions, embedding, next(keys))
         outputs = grid.size**2 if how == "round" else features
         self.dense = PatchNetwork(DIMENSION, DIMENSION + near, outputs, patches, keys, width, depth, hidden,
                                   64, embedding)
@@ -529,9 +530,10 @@ class Particle(eqx.Module):
     """Vectors (F, width) of what a prior is conditioned on: one of conditions (C,), or one per token (2,)."""
     net: Embedding | jax.Array
 
-    def __init__(self, conditions, width, key):
+    def __init__(self, grid, width, key):
         shape = papers.PARTICLE_TOKENS, papers.PARTICLE_CODES, width
-        self.net = Embedding(conditions, width, key) if conditions else common.normal(key, *shape, scale=0.5)
+        self.net = (Embedding(grid.detector, grid.conditions, width, key) if grid.conditions
+                    else common.normal(key, *shape, scale=0.5))
 
     def __call__(self, c):
         embed = isinstance(self.net, Embedding)
@@ -556,7 +558,7 @@ class Masked(eqx.Module):
 
     def __init__(self, grid, key, width=192, depth=2, hidden=128, embedding=128, own=8):
         keys, (patches, near) = iter(jax.random.split(key, 8 + depth)), grid.sizes
-        self.grid, self.particle = grid, Particle(grid.conditions, embedding, next(keys))
+        self.grid, self.particle = grid, Particle(grid, embedding, next(keys))
         self.table = jax.random.normal(next(keys), (grid.codes + 1, own))      # the last vector: unknown
         self.dense = PatchNetwork(own, near + 9 * own, grid.codes, patches, keys, width, depth, hidden, 128,
                                   embedding)
