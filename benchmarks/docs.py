@@ -216,6 +216,9 @@ def students(result):
             for part, sums in (("true_sums", "true"), ("seen", "predicted")) if part in row]
 
 
+PRIORS = {"--prior": key("label"), "evaluations": key("evaluations"), "W": at("validation.W.value"),
+          "R": at("validation.W.R"), "MAE (oracle)": beside("validation.MAE"),
+          "parameters": key("parameters"), "ms per response": MS, "batch 1": at("ms_per_response.1")}
 TEMPERATURES = {"top-k": key("top-k")}
 TEMPERATURES |= {f"temperature {t}": at(f"{100 * t:.0f}") for t in tables.TEMPERATURES}
 
@@ -340,6 +343,7 @@ TABLES = {
     "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=lambda result: [
         row for row in result["rows"] if row["label"].startswith("steps")]),
     "temperatures": lambda root: tabled(root, "vqgan-sweep", columns=TEMPERATURES, rows=temperatures),
+    "priors": lambda root: tabled(root, "priors", columns=PRIORS),
     "o2": lambda root: tabled(root, "o2", columns=O2),
     "hits": lambda root: markdown(HITS, load(root, "weights", ["hit"])),
     "transfer": lambda root: tabled(root, "transfer", columns=TRANSFER),

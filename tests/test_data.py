@@ -448,23 +448,13 @@ def test_neighbour_mean_by_brute_force(grid):
         np.testing.assert_allclose(found[i, j], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("conditions, places", [(14, {11, 12, 13}), (9, {4, 5})])
-def test_only_impact_coordinates_have_high_frequencies(conditions, places):
-    """A wave's slope is at most its frequency: 64 for the coordinates, 4 for everything else."""
-    c = jax.random.normal(KEY, (200, conditions))
-    slopes = np.abs(jax.jit(jax.vmap(jax.jacobian(data.with_sinusoids)))(c)).max((0, 1))
-    assert {j for j in range(conditions) if slopes[j] > 60} == places
-    assert all(3 < slopes[j] <= 4 for j in range(conditions) if j not in places)
-
-
-@pytest.mark.parametrize("conditions", [9, 14])
-def test_sinusoids_are_sines_and_cosines(conditions):
-    c = np.random.default_rng(1).normal(size=conditions).astype(np.float32)
-    found = np.asarray(data.with_sinusoids(c))
-    assert found.shape == (data.features(conditions),) and np.array_equal(found[:conditions], c)
-    sines, cosines = np.split(found[conditions:], 2)
-    np.testing.assert_allclose(sines**2 + cosines**2, 1, atol=1e-5)
-    np.testing.assert_allclose(sines[:3 * conditions], np.sin(np.outer([1, 2, 4], c)).ravel(), atol=1e-5)
+def test_raw_features_are_sines_and_cosines():
+    """Of the nine conditions, with high frequencies of px and py alone."""
+    c, zn = np.random.default_rng(1).normal(size=9).astype(np.float32), data.DETECTORS["zn"]
+    found = np.asarray(data.features(c, zn))
+    assert found.shape == (data.feature_count(9, zn),) and np.array_equal(found[:9], c)
+    angles = np.r_[np.outer([1, 2, 4], c).ravel(), np.outer([8, 16, 32, 64], c[4:6]).ravel()]
+    np.testing.assert_allclose(found[9:], np.r_[np.sin(angles), np.cos(angles)], atol=1e-5)
 
 
 def place(detector, x, y, charge):
@@ -518,28 +508,28 @@ def test_what_falls_on_the_detector(detector):
     for x in detector.centre + detector.half[0] * np.array([0, 1, 3]):
         points = [x, 0.0, x - data.DETECTORS["zp"].centre]
         c = jnp.concatenate([jnp.zeros(11), jnp.arcsinh(jnp.array(points) / data.PLACE_CM)])
-        logs.append(np.asarray(data.brightness_features(c, detector))[-4:])
+        logs.append(np.asarray(data.features(c, detector))[-4:])
     assert np.allclose(np.array(logs)[:, :2], np.array(logs)[:, 2:], atol=1e-3)
     wide, narrow = np.exp(2 * np.array(logs)[:, :2]).T
     np.testing.assert_allclose(narrow / narrow[0], [1, 0.5, 0], atol=0.05)     # all, half on the edge, none
     assert wide[0] > wide[1] > 3 * wide[2] > 0.1
 
 
-def test_brightness_does_not_depend_on_momentum_and_vertex():
+def test_features_do_not_depend_on_momentum_and_vertex():
     c, zn = np.random.default_rng(1).normal(size=14).astype(np.float32), data.DETECTORS["zn"]
     pair = c, np.r_[np.zeros(7), c[7:]]
-    assert np.array_equal(*(data.brightness_features(jnp.asarray(x), zn) for x in pair))
-    np.testing.assert_array_equal(data.brightness_features(c[:9], zn), data.with_sinusoids(c[:9]))
+    assert np.array_equal(*(data.features(jnp.asarray(x), zn) for x in pair))
+    assert data.feature_count(14, zn) == len(data.features(c, zn))
 
 
-def test_brightness_has_waves_of_mass_and_distance_from_the_beam():
+def test_features_have_waves_of_mass_and_distance_from_the_beam():
     """The distance is that of the straight line, in any direction; nothing else oscillates."""
     zn, away = data.DETECTORS["zn"], np.array([2.0, -1.5]) / data.PLACE_CM
     c = np.r_[np.random.default_rng(2).normal(size=11), np.arcsinh(away), 0.3].astype(np.float32)
     distance = np.arcsinh(2.5 / data.PLACE_CM)
     angles = np.r_[c[7] * np.array([1, 2, 4]), distance * np.array([1, 2, 4, 8, 16])]
     expected = np.r_[c[7:], distance, np.sin(angles), np.cos(angles)]
-    np.testing.assert_allclose(data.brightness_features(c, zn)[:-4], expected, atol=1e-5)
+    np.testing.assert_allclose(data.features(c, zn)[:-4], expected, atol=1e-5)
 
 
 def test_raw_conditions_have_no_vicinity():
