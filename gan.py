@@ -111,7 +111,7 @@ def anchor_losses(generator, counts, c, noise, how):
 
 def best_noise(generator, counts, c, tries, how):
     """The noise (B, NOISE) among `tries` (K, B, NOISE) of which the generator makes each response best."""
-    losses = jnp.stack([anchor_losses(generator, counts, c, noise, how) for noise in tries])
+    losses = jax.lax.map(lambda noise: anchor_losses(generator, counts, c, noise, how), tries)
     return tries[jnp.argmin(losses, axis=0), jnp.arange(len(c))]
 
 
