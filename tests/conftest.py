@@ -7,15 +7,19 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # all before JAX is first imported
 os.environ["OMP_NUM_THREADS"] = "1"  # else the trees of two processes wait for each other
+# else the key of compiled code holds the path of the cache, which is another one in each file
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 # Most of the time goes into compiling: a third of it without optimisation and, up to jax 0.11, without
 # the emitters of fusions in MLIR (a later one does not know this option of the back end and ignores it).
 XLA_FLAGS = (" --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-             " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+             " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+             " --xla_cpu_parallel_codegen_split_count=1")  # two processes keep both cores busy
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + XLA_FLAGS
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-LONG = "vqgan", "iaf", "latent_fm", "vae", "fm", "calodream", "gan", "diffusion", "errors", "common", "data"
+LONG = ("fm", "gan", "calodream", "vae", "vqgan", "latent_fm", "diffusion", "iaf", "export", "layers",
+        "benchmarks", "errors", "weights", "channels", "kill", "judge", "data", "common")
 
 
 def pytest_collection_modifyitems(items):

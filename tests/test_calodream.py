@@ -26,7 +26,7 @@ from benchmarks import tables
 from calorimeter import CALORIMETERS, THRESHOLD
 
 KEY, SMALL = jax.random.key(0), CALORIMETERS["small"]
-FLAGS = "--n 300 --epochs 1 --energy-epochs 1 --batch-size 64 --steps 2 --quiet".split()
+FLAGS = "--n 300 --epochs 4 --energy-epochs 4 --batch-size 64 --steps 2 --quiet".split()
 E, C = jnp.array([0.4]), jnp.linspace(-1, 1, 11)                               # E_inc, and all conditions
 
 
@@ -323,7 +323,7 @@ def test_a_run(trained):
     names = {"model.eqx", "metrics.json", "sheet.png", "showers.png", "energy", "shape"}
     assert {path.name for path in folder.iterdir()} == names
     for stage in ("energy", "shape"):
-        assert files.read_log(folder / stage)[-1]["step"] == 4 and (folder / stage / "training.png").exists()
+        assert files.read_log(folder / stage)[-1]["step"] == 16 and (folder / stage / "training.png").exists()
 
 
 def test_a_step_compiles_once(trained):
@@ -450,7 +450,7 @@ def test_resume_is_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(calodream, "make_step", once)
 
     def run(*flags):
-        args = calodream.parse([*FLAGS, "--epochs", "4", "--energy-epochs", "4", *map(str, flags)])
+        args = calodream.parse([*FLAGS, *map(str, flags)])
         return calodream.train_model(args, make(), showers, rows)[0]
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("energy", "shape"))
 

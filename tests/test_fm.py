@@ -275,6 +275,8 @@ def test_sizes_of_the_networks():
 @pytest.mark.parametrize("name", ["paper", "compact", "dense"])
 def test_every_variant_has_its_shapes(name, how, detector):
     """Traced, not compiled."""
+    if name == "paper" and (how == "floor" or detector == "zp"):
+        pytest.skip("the U-Net takes long to trace")
     shape = data.DETECTORS[detector].shape
     net = eqx.filter_eval_shape(make, name, how, detector)
     batch = np.zeros((4, *shape), np.uint16), np.zeros((4, 14), np.float32), KEY
@@ -286,23 +288,23 @@ def test_every_variant_has_its_shapes(name, how, detector):
 
 # --------------------------------------------------------------------------------------------------- training
 
-def test_a_step_compiles_once(dataset, tmp_path):
-    traces = []
-
-    def loss(*args, **kwargs):
-        traces.append(1)
-        return fm.batch_loss(*args, **kwargs)
-    run(dataset, tmp_path, "--epochs", 3, loss=loss)
-    assert len(traces) == 1 and losses(tmp_path)[-1]["step"] == 3 * (489 // 64)
+SLOWLY = "--batch-size", 16, "--epochs", 7                                      # 7 x 30 steps
 
 
 def test_training_lowers_the_loss(dataset, tmp_path):
-    """On one batch with the same noise, for the averaged network of a short run and the untrained one."""
-    net = run(dataset, tmp_path, "--epochs", 8, "--batch-size", 16)[0]
+    """On one batch with the same noise, for the averaged network of a short run and the untrained one; a step
+    compiles once."""
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return fm.batch_loss(*args, **kwargs)
+    net = run(dataset, tmp_path, *SLOWLY, loss=counted)[0]
+    assert len(traces) == 1 and losses(tmp_path)[-1]["step"] == 7 * (489 // 16)
     c = data.conditions(dataset.particles, data.fit_conditions(dataset.particles, "physics"))
     batch = dataset.responses[:400], c[:400], KEY
     loss = eqx.filter_jit(lambda net: fm.batch_loss(net, *batch, "sample", 0.6)[1])
-    before, after = loss(make()), loss(net)
+    before, after = loss(jax.device_get(make())), loss(jax.device_get(net))
     assert all(after[name] < before[name] for name in before)
 
 
@@ -325,11 +327,10 @@ def test_two_devices_take_the_steps_of_one(dataset, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_bf16_trains_float32_weights(dataset, tmp_path):
-    net = run(dataset, tmp_path / "bf16", "--precision", "bf16")[0]
-    run(dataset, tmp_path / "f32")
+def test_bf16_trains_float32_weights(dataset, trained, tmp_path):
+    net = run(dataset, tmp_path, "--precision", "bf16")[0]
     assert {leaf.dtype for leaf in leaves(net)} == {jnp.dtype("float32")}
-    assert losses(tmp_path / "bf16")[-1] == pytest.approx(losses(tmp_path / "f32")[-1], rel=0.1)
+    assert losses(tmp_path)[-1] == pytest.approx(losses(trained[0])[-1], rel=0.1)
 
 
 HOST = f"""
@@ -361,7 +362,7 @@ def test_two_hosts_take_the_steps_of_one(trained, tmp_path):
 
 def test_resume_is_as_uninterrupted(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "time", tiny.clock())
-    flags = "--batch-size", 16, "--epochs", 7  # 7 x 30 steps, a log line every 50
+    flags = SLOWLY                                                             # a log line every 50 steps
     whole = run(dataset, tmp_path / "whole", *flags)[0]
     log, cut = files.log_line, tmp_path / "cut"
 
@@ -396,11 +397,11 @@ def test_nan_stops_the_run(dataset, tmp_path, monkeypatch, capsys):
         return serve((batch[0], batch[1] * (np.nan if len(served) > 60 else 1)), mesh)
     monkeypatch.setattr(common, "shard_batch", poison)
     with pytest.raises(SystemExit) as stop:
-        common.run(lambda: run(dataset, tmp_path, "--batch-size", 16, "--epochs", 4))
+        common.run(lambda: run(dataset, tmp_path, *SLOWLY))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert error.startswith("error: ") and "step 100" in error and str(tmp_path / "state.eqx") in error
-    optimiser = common.adamw(common.plan(fm.parse(tiny.FLAGS)), 120)
+    optimiser = common.adamw(common.plan(fm.parse(tiny.FLAGS)), 210)
     state = common.load_checkpoint(tmp_path / "state.eqx", common.first_state(make(), optimiser))[1]
     assert all(np.isfinite(leaf).all() for leaf in leaves(state))
 
@@ -455,8 +456,7 @@ def test_validation(trained, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    "zp --net tiny --counts floor", "zn --net dense --counts round",
-    "zp --net tiny --split particles --lr 1e-3",
+    "zp --net tiny --counts floor --split particles --lr 1e-3",
     "zn --net tiny --cond raw --precision bf16 --counts round"])
 def test_every_kind_of_run(flags, tmp_path):
     """Every way to counts, split and detector; all combinations are traced above."""
@@ -559,8 +559,8 @@ def test_generating_streams(job, monkeypatch):
     assert len(job.generate()["responses"]) == 300 and sizes == [128, 128, 44]
 
 
-@pytest.mark.parametrize("existing", [None, b"an old file"])
-@pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing, error", [
+    (None, UserError), (b"an old file", OSError), (b"an old file", KeyboardInterrupt)])
 def test_nothing_half_written(job, monkeypatch, existing, error):
     monkeypatch.setattr(common, "BLOCK", 4)
     if existing:

@@ -5,6 +5,7 @@ Pictures are not drawn (those of test_common.py are).
 import itertools
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -46,6 +47,8 @@ def shrink(put=setattr):
 
 def shrink_detectors(patch, folder):
     """Detectors of 144 and 140 fibres, for runs that take time for each; their data lie in `folder`."""
+    if not (Path(folder) / "xla").exists():
+        (Path(folder) / "xla").symlink_to(common.cache_folder() / "xla")       # what is compiled already
     patch.setenv("ZDC_CACHE", str(folder))
     for name, shape in SHAPES.items():
         patch.setitem(simulator.DETECTORS, name, simulator.DETECTORS[name]._replace(shape=shape))
