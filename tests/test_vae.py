@@ -278,18 +278,18 @@ def test_prior_is_the_density_of_its_draws(latent):
     assert (np.abs(draw(noise, c + 1) - z) > 1e-4).all()                       # it depends on the particle
 
 
-@pytest.mark.parametrize("detector", data.DETECTORS)
+@pytest.mark.parametrize("detector, likelihood, conditions, precision", [
+    ("zn", "checkerboard", 14, "f32"), ("zp", "mse", 9, "bf16")])
 @pytest.mark.parametrize("arch, variant", EVERY)
-def test_shapes(arch, variant, detector):
+def test_shapes(arch, variant, detector, likelihood, conditions, precision):
     shape = data.DETECTORS[detector].shape
-    for likelihood, conditions, precision in (("checkerboard", 14, "f32"), ("mse", 9, "bf16")):
-        net = eqx.filter_eval_shape(network, arch, variant, likelihood, detector, conditions)
-        counts, c = np.zeros((4, *shape), np.uint16), np.zeros((4, conditions), np.float32)
-        lowered = common.lower(net, precision), counts, c, KEY
-        loss, parts = eqx.filter_eval_shape(vae.batch_loss, *lowered, variant, likelihood, 1.0)
-        assert loss.shape == () and loss.dtype == jnp.float32 and parts.keys() == {"reconstruction", "latent"}
-        responses = eqx.filter_eval_shape(vae.sample, net, c, KEY, likelihood)
-        assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
+    net = eqx.filter_eval_shape(network, arch, variant, likelihood, detector, conditions)
+    counts, c = np.zeros((4, *shape), np.uint16), np.zeros((4, conditions), np.float32)
+    lowered = common.lower(net, precision), counts, c, KEY
+    loss, parts = eqx.filter_eval_shape(vae.batch_loss, *lowered, variant, likelihood, 1.0)
+    assert loss.shape == () and loss.dtype == jnp.float32 and parts.keys() == {"reconstruction", "latent"}
+    responses = eqx.filter_eval_shape(vae.sample, net, c, KEY, likelihood)
+    assert responses.shape == (4, *shape) and responses.dtype == jnp.uint16
 
 
 @pytest.mark.parametrize("variant", vae.LOSSES)
