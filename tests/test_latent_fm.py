@@ -427,10 +427,13 @@ def train_flags(monkeypatch, small_detectors):
     return run
 
 
-def test_resume_is_as_uninterrupted(train_flags, tmp_path, monkeypatch):
+def test_resume_is_as_uninterrupted(trained, train_flags, tmp_path, monkeypatch):
     """A kill in the second stage, which needs the first."""
     monkeypatch.setattr(common, "time", tiny.clock())
-    tiny.assert_resume_is_as_uninterrupted(train_flags, tmp_path, monkeypatch, ("stage2",))
+    for name in ("whole", "cutstage2"):
+        shutil.copytree(trained[0] / "stage1", tmp_path / name / "stage1")
+    run = partial(train_flags, "--stage", "2")
+    tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("stage2",))
 
 
 def test_a_flow_goes_with_its_autoencoder(trained, train_flags, tmp_path):

@@ -1,5 +1,6 @@
 """vqgan.py: codes and their averages, the objectives, both priors and their samplers, the stages, one run."""
 import json
+import shutil
 import math
 from functools import partial
 
@@ -577,16 +578,18 @@ def test_cost_of_a_prior_of_tokens():
     assert decoder < one["mflop"] < two["mflop"] < decoder + 2 * (one["mflop"] - decoder)
 
 
-def test_resume_is_as_uninterrupted(tmp_path, monkeypatch, small_detectors):
+def test_resume_is_as_uninterrupted(trained, tmp_path, monkeypatch, small_detectors):
     """A kill in the second stage, which needs the first."""
     monkeypatch.setattr(common, "time", tiny.clock())
+    for name in ("whole", "cutstage2"):
+        shutil.copytree(trained[0] / "stage1", tmp_path / name / "stage1")
     monkeypatch.setattr(metrics, "score_reconstruction", lambda *args: {})
     dataset = data.open_data("zn", 700, quiet=True)
     scaler, split = data.fit_conditions(dataset.particles, "physics"), data.Split(np.arange(489), None, None)
     here = vqgan.Grid(data.DETECTORS["zn"], 4, 512, 14)
 
     def run(*more):
-        args = vqgan.parse([*FLAGS, "--epochs", "1", "--prior-epochs", "3", *map(str, more)])
+        args = vqgan.parse([*FLAGS, "--stage", "2", *map(str, more)])
         return vqgan.train_stages(args, here, dataset, split, scaler)[0]
 
     tiny.assert_resume_is_as_uninterrupted(run, tmp_path, monkeypatch, ("stage2",))
