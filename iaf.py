@@ -8,7 +8,8 @@ A teacher x -> z (MAF) learns by likelihood; its way back takes a step for each 
 takes one pass; it learns by the loops x -> z -> x' and z -> x' -> z' with the teacher (Krause and Shih 2023),
     L = |x' - x|^2 + |z' - z|^2 + the same after each block
         + W f(c) / 5 sum_k (w_k - w'_k)^2, w_k: share of the light in channel k                   [IAF, Eq. 2]
-A third network learns P(S | c). Counts n are made continuous as n + nu u, u uniform [Comparison, Table 7].
+A third network learns P(S | c), see totals.py. Counts n are made continuous as n + nu u, u uniform in 0 to 1
+[Comparison, Table 7].
 
     python iaf.py --detector zn                                       20 minutes on two CPU cores
     python iaf.py --load weights/iaf-zn.eqx --generate particles.csv --out responses.h5
@@ -34,8 +35,8 @@ import papers
 from common import Linear, UserError, normal
 from simulator import DETECTORS, Detector
 from splines import BOX, NUMBERS, inverse_spline, spline
+from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_nll, with_sum
 
-COMPONENTS = 12                   # of the distribution of log photon sums
 ALPHA = 1e-6                      # keeps logits finite, as in CaloFlow (Krause and Shih 2021)
 STAGES = "sum", "teacher", "student"
 # Flags that a stage depends on and those before it do not; the first counts its passes over the rows
@@ -92,11 +93,10 @@ def flow_nll(flow, x, c, total):
 
 class Logit(NamedTuple):
     """How photon counts become numbers x: `noise` is the range of what is added to them; `mean` and `std`
-    standardise their logits; `low` is the least photon sum."""
+    standardise their logits."""
     noise: float
     mean: float
     std: float
-    low: int
 
 
 def to_logit(photons, total, logit):
@@ -118,10 +118,9 @@ def fit_logit(noise, responses):
     """The Logit of training responses (N, H, W): x fills three quarters of the box of a spline."""
     part = responses[:4000].astype(np.float32)
     light = part + noise * np.random.default_rng(0).random(part.shape, np.float32)
-    x = np.asarray(to_logit(light, part.sum((1, 2))[:, None, None], Logit(noise, 0.0, 1.0, 1))[0])
+    x = np.asarray(to_logit(light, part.sum((1, 2))[:, None, None], Logit(noise, 0.0, 1.0))[0])
     half = (float(x.max()) - float(x.min())) / 2
-    low = int(responses.sum((1, 2), dtype=np.int64).min())
-    return Logit(noise, float(x.min()) + half, half / (0.75 * BOX), min(max(low, 1), data.CUT))
+    return Logit(noise, float(x.min()) + half, half / (0.75 * BOX))
 
 
 def dequantise(counts, key, logit):
@@ -130,18 +129,6 @@ def dequantise(counts, key, logit):
     total = photons.sum(1)
     noisy = photons + logit.noise * jax.random.uniform(key, photons.shape)
     return *to_logit(noisy, total[:, None], logit), total
-
-
-def sum_nll(net, total, c, low):
-    """-log P(S | c) in nats of one photon sum S: P(S) = F(log(S + 1/2)) - F(log(S - 1/2)) of each logistic F
-    in the mixture, over 1 - F(log(low - 1/2))."""
-    log_weights, locations, log_scales = net(c)
-    z = lambda total: (jnp.log(total) - locations) * jnp.exp(-log_scales)
-    upper, lower, floor = z(total + 0.5), z(total - 0.5), z(low - 0.5)
-    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel, and 1 - F(f) = F(-f)
-    rise = jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
-    log_p = rise - jax.nn.softplus(-upper) - jax.nn.softplus(lower) + jax.nn.softplus(floor)
-    return -jax.nn.logsumexp(log_weights + log_p)
 
 
 def two_loops(student, teacher, x, z, c, total):
@@ -171,9 +158,9 @@ def light_loss(light, truth, noise):
     return 4 * jnp.mean((jnp.sqrt(light + noise) - jnp.sqrt(truth + noise))**2)
 
 
-def sum_loss(net, counts, c, key, low):
+def sum_loss(net, counts, c, key):
     """Stage sum: loss of counts (B, H, W) and conditions c (B, C), and its parts."""
-    nats = jax.vmap(partial(sum_nll, net, low=low))(counts.astype(jnp.float32).sum((1, 2)), c).mean()
+    nats = jax.vmap(partial(sum_nll, net))(counts.astype(jnp.float32).sum((1, 2)), c).mean()
     return nats, {"nats": nats}
 
 
@@ -204,19 +191,6 @@ def student_loss(net, counts, c, weights, teacher, key, channel_weight, light_we
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
-
-def draw_totals(net, c, key, low):
-    """Photon sums (B,), at least `low`, from the distribution of sum_nll by inversion, for c (B, C)."""
-    log_weights, locations, log_scales = jnp.moveaxis(jax.vmap(net)(c), 1, 0)                # (B, COMPONENTS)
-    kind_key, key = jax.random.split(key)
-    kind = jax.random.categorical(kind_key, log_weights)[:, None]
-    location, scale = (jnp.take_along_axis(a, kind, 1)[:, 0] for a in (locations, jnp.exp(log_scales)))
-    floor = (math.log(low - 0.5) - location) / scale
-    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
-    log_above = jnp.log1p(-u) - jax.nn.softplus(floor)                         # log(1 - F)
-    z = jnp.log(-jnp.expm1(jnp.minimum(log_above, -1e-7))) - log_above
-    return jnp.clip(jnp.round(jnp.exp(jnp.minimum(location + scale * z, 11.0))), low, 60_000)
-
 
 def draw_light(net, c, total, key):
     """Continuous counts (B, D) from a Generator, for conditions c (B, C) and photon sums (B,)."""
@@ -250,7 +224,7 @@ def remove_noise(light, total, how, noise):
 def sample(net, c, key, removal):
     """Draw one response for each condition c (B, C) from a Generator: photon counts uint16 (B, H, W)."""
     sum_key, light_key = jax.random.split(key)
-    total = draw_totals(net.totals, c, sum_key, net.flow.logit.low)
+    total = draw_totals(net.totals, c, sum_key)
     counts = remove_noise(draw_light(net, c, total, light_key), total, removal, net.flow.logit.noise)
     return data.as_uint16(counts).reshape(-1, *net.flow.detector.shape)
 
@@ -318,9 +292,10 @@ def train_stages(args, dataset, split, scaler):
     c, key, found = data.conditions(dataset.particles, scaler), common.plan(args).keys[0], {"removals": {}}
     make = partial(NETWORKS[args.net], DETECTORS[args.detector], c.shape[1], logit, key=key)
     ready = partial(finish, args, scaler, data.select(dataset, split.validation), found)
-    arrays, loss = (dataset.responses, c), partial(sum_loss, low=logit.low)
+    arrays, low = (dataset.responses, c), least_total(dataset.responses[rows])
     plan = stage_plan(args, "sum", logit)
-    totals, found["sum"] = train(Mixture(DETECTORS[args.detector], c.shape[1], key), loss, arrays, rows, plan)
+    totals = Totals(DETECTORS[args.detector], c.shape[1], key, low)
+    totals, found["sum"] = train(totals, sum_loss, arrays, rows, plan)
     if args.stage == "sum":
         return None, None, found
     plan = stage_plan(args, "teacher", logit)
@@ -343,7 +318,7 @@ def finish(args, scaler, part, found, run, net):
     `run`, and complete what is `found`. Returns the Generator as it is kept there, and the removal."""
     part, key, flow = data.select(part, slice(5120)), jax.random.key(0), net.flow
     c, truth, scores = data.conditions(part.particles, scaler), metrics.channels(part.responses), {}
-    draw = eqx.filter_jit(eqx.Partial(draw_totals, net.totals, low=flow.logit.low))
+    draw = eqx.filter_jit(eqx.Partial(draw_totals, net.totals))
     totals = common.in_blocks(draw, key, c)
     light = common.in_blocks(eqx.filter_jit(eqx.Partial(draw_light, net)), key, c, totals)
     for how in REMOVALS:
@@ -360,25 +335,6 @@ def finish(args, scaler, part, found, run, net):
 # ---------------------------------------------------------------------------------------------------- network
 # For ONE example: x (D,), a number for each of the D = H W fibres, conditions c (C,), photon sum (); vmap
 # makes the batch. A block gets the fibres in its own order, and the surroundings of each (D, N).
-
-class Mixture(eqx.Module):
-    """P(S | c), a mixture of logistic distributions of log S: log weights, locations, log scales, (3, K)."""
-    layers: list
-    detector: Detector = eqx.field(static=True)
-
-    def __init__(self, detector, conditions, key, width=192):
-        keys, self.detector = jax.random.split(key, 3), detector
-        inputs = data.feature_count(conditions, detector)
-        self.layers = [Linear(inputs, width, keys[0]), Linear(width, width, keys[1]),
-                       Linear(width, 3 * COMPONENTS, keys[2], scale=0.1)]
-
-    def __call__(self, c):
-        first, second, last = self.layers
-        h = jax.nn.silu(second(jax.nn.silu(first(data.features(c, self.detector)))))
-        weights, locations, scales = last(h).astype(jnp.float32).reshape(3, COMPONENTS)
-        spread = jnp.linspace(2.0, 8.0, COMPONENTS)                            # logs of 7 to 3000 photons
-        return jnp.stack([jax.nn.log_softmax(weights), spread + 3 * locations, jnp.clip(scales - 1, -6, 2)])
-
 
 class Local(eqx.Module):
     """Head of our blocks: a small network that all fibres share. It makes the numbers of a fibre's spline
@@ -407,7 +363,7 @@ class Local(eqx.Module):
     def see(self, x, ground, total):
         """What later fibres see of x (...): log photons, and the share of the light that it is. States of a
         flow other than the response become one by a scale and a shift, the last two numbers of `ground`."""
-        noise, mean, std, _ = self.logit
+        noise, mean, std = self.logit
         log_photons = std * ((1 + ground[..., -2]) * x + ground[..., -1]) + mean       # in units of the noise
         photons = noise * (jnp.exp(jnp.minimum(log_photons, jnp.log(total / noise + 1))) - 0.5)
         share = jnp.where(log_photons > 0, photons, 0.0) / (total + noise)
@@ -524,7 +480,7 @@ class Flow(eqx.Module):
         self.detector, self.logit, self.kind = detector, logit, kind
         self.orders = orders if kind == "teacher" else orders[::-1]
         keys = iter(jax.random.split(key, 2 + len(orders)))
-        inputs = data.feature_count(conditions, detector) + 7
+        inputs = data.feature_count(conditions, detector) + SUM_FEATURES
         self.embedding = [Linear(inputs, embedding, next(keys)), Linear(embedding, embedding, next(keys))]
         near = self.given(jnp.zeros(conditions), jnp.ones(()))[1].shape[1]
         sizes["width"] = width or math.prod(detector.shape) // 20
@@ -533,9 +489,7 @@ class Flow(eqx.Module):
     def given(self, c, total):
         """Particle and photon sum as one vector (E,), and the surroundings of each fibre (D, 9):
         data.near_impact with the logs of its wide bumps."""
-        log_total = jnp.log(total)[None] / 2 - 2
-        angles = log_total * 2.0 ** jnp.arange(3)
-        h = jnp.concatenate([data.features(c, self.detector), log_total, jnp.sin(angles), jnp.cos(angles)])
+        h = with_sum(c, total, self.detector)
         for layer in self.embedding:
             h = jax.nn.silu(layer(h))
         near = data.near_impact(c, self.detector, 1)
@@ -567,14 +521,14 @@ NETWORKS = {"local": partial(Flow, orders=(1, -1), hidden=24, group=4, outputs=4
 
 class Generator(eqx.Module):
     """What a checkpoint keeps: the distribution of the photon sum, and a flow, the teacher or the student."""
-    totals: Mixture
+    totals: Totals
     flow: Flow
 
 
 def make_generator(net, kind, detector, logit, conditions, key):
     """An untrained Generator: the shapes of a checkpoint."""
     flow = NETWORKS[net](detector, conditions, logit, kind, key)
-    return Generator(Mixture(detector, conditions, key), flow)
+    return Generator(Totals(detector, conditions, key), flow)
 
 
 # ------------------------------------------------------------------------------------------------------- main

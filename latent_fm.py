@@ -7,7 +7,8 @@ z_0 at t = 0 to the latent z_1 of a response at t = 1:
 A response costs a few small steps in the latent and one pass of the decoder.
 
 --net dense (ours): the latent is a short vector, photon counts are drawn as in checkerboard.py, and stage 1
-minimises -log p(x | z, c) + KL(q(z | x, c) || N(0, 1)), with no weight to tune.
+minimises -log p(x | z, c) + KL(q(z | x, c) || N(0, 1)), with no weight to tune. The flow also sees the photon
+sum of the response; another network learns its distribution, from which a sum is drawn first (totals.py).
 --net paper (appendix B): a convolutional autoencoder of log responses, whose latent is a grid with a quarter
 of the resolution, and at the reconstruction x'
     L = sum of L_k / || dL_k / dx' ||   over k = autoencoder, perceptual, adversarial                  (Eq. 7)
@@ -34,6 +35,7 @@ import papers
 from checkerboard import Checkerboard
 from common import Linear, UserError, normalise
 from simulator import DETECTORS, Detector
+from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_nll, with_sum
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -83,13 +85,13 @@ def divergence(mean, std):
     return 0.5 * jnp.sum(mean**2 + std**2 - 1 - 2 * jnp.log(std))
 
 
-def flow_loss(net, z1, t, c, key, weight=1.0):
-    """Flow matching for one latent z_1 of the particle c (C,): t = 0 is noise, t = 1 is data. `weight`: how
-    much an error in each number of the latent counts."""
+def flow_loss(net, z1, t, c, total, key, weight=1.0):
+    """Flow matching for one latent z_1 of the particle c (C,) and the photon sum: t = 0 is noise, t = 1 is
+    data. `weight`: how much an error in each number of the latent counts."""
     z0 = jax.random.normal(key, z1.shape)
     z = (1 - t) * z0 + t * z1                                                  # [FM, Eq. 3]
     v = z1 - z0                                                                # [FM, Eq. 4]
-    return jnp.mean(weight * (net(z, t, c) - v)**2)                            # [FM, Eq. 6]
+    return jnp.mean(weight * (net(z, t, c, total) - v)**2)                     # [FM, Eq. 6]
 
 
 def autoencoder_loss(net, counts, c, key):
@@ -100,21 +102,21 @@ def autoencoder_loss(net, counts, c, key):
     return reconstruction + kl, {"reconstruction": reconstruction, "divergence": kl}
 
 
-def path_loss(net, codes, c, key):
-    """Stage 2: loss of the codes (B, 2, ...) of standardised latents and conditions c (B, C). The additions
-    change what is learnt first, not the best velocity (W of ZP a sixth lower, on validation rows)."""
+def path_loss(net, codes, total, c, key):
+    """Stage 2: loss of codes (B, 2, ...) of standardised latents, photon sums (B,) and c (B, C); its parts."""
     size, (time_key, noise_key, latent_key) = len(codes), jax.random.split(key, 3)
     mean, std = jax.vmap(gaussian)(codes.astype(jnp.float32))
     z1 = mean + std * jax.random.normal(latent_key, mean.shape)
     # stratified times: a quieter gradient
-    u = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size
-    # early times come more often: whether a response will be bright is decided there
-    t = jnp.square(u)
-    # weights by the precision of the encoder: the numbers that hold the brightness are few and precise
+    t = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size
+    # weights by the precision of the encoder: an error counts most in the numbers that are kept exactly
     precision = 1 / (jnp.mean(std**2, axis=0) + 0.05)
     weight, noise_keys = precision / precision.mean(), jax.random.split(noise_key, size)
-    path = jax.vmap(partial(flow_loss, net, weight=weight))(z1, t, c, noise_keys).mean()
-    return path, {"path": path}
+    path = jax.vmap(partial(flow_loss, net, weight=weight))(z1, t, c, total, noise_keys).mean()
+    if net.totals is None:
+        return path, {"path": path}
+    nats = jax.vmap(partial(sum_nll, net.totals))(total, c).mean()
+    return path + nats, {"path": path, "sum": nats}
 
 
 def published_loss(net, counts, c, key, beta):
@@ -152,8 +154,9 @@ def integrate(v, z, steps):
 
 def sample(net, c, key, steps):
     """Draw one response for each condition c (B, C) from a LatentFM: photon counts uint16 (B, H, W)."""
-    latent_key, count_key = jax.random.split(key)
-    v = lambda z, t: jax.vmap(net.flow, (0, None, 0))(z, t, c)
+    sum_key, latent_key, count_key = jax.random.split(key, 3)
+    total = draw_totals(net.prior.totals, c, sum_key) if net.prior.totals else c[:, 0]       # not looked at
+    v = lambda z, t: jax.vmap(net.prior, (0, None, 0, 0))(z, t, c, total)
     z = integrate(v, jax.random.normal(latent_key, (len(c), *net.mean.shape)), steps)
     return decode_counts(net.autoencoder, z * net.std + net.mean, c, count_key)
 
@@ -204,8 +207,7 @@ def make_step(loss, optimiser, plan):
 
 
 def train(net, loss, arrays, rows, plan):
-    """Minimise loss(net, *batch, key) on the given rows of `arrays`: responses or codes (N, ...), conditions
-    (N, C).
+    """Minimise loss(net, *batch, key) on the given rows of `arrays`, each (N, ...).
 
     Returns the network of averaged weights and {"train_seconds", "step_seconds"}. Order and noise follow from
     --seed and the number of the step, so that a run continued with --resume ends in the same numbers.
@@ -345,26 +347,23 @@ class FlowBlock(eqx.Module):
 
 
 class DenseFlow(eqx.Module):
-    """Ours: the velocity (L,) at z (L,), t and c, by residual blocks. Particle and time are embedded apart,
-    so that XLA computes what depends on the particle alone, most of the products, once for all steps."""
+    """Ours: the velocity (L,) at z (L,) and t for the numbers of `particle`, by residual blocks. Particle and
+    time are embedded apart, so that XLA computes what depends on the particle alone once for all steps."""
     particle: list
     time: Linear
     enter: Linear
     blocks: list
     out: Linear
-    detector: Detector = eqx.field(static=True)
 
-    def __init__(self, detector, conditions, latent, key, width=112, depth=3, embedding=192, times=32):
-        keys, self.detector = iter(jax.random.split(key, 5 + depth)), detector
-        seen = data.feature_count(conditions, detector)
+    def __init__(self, seen, latent, key, width=112, depth=3, embedding=192, times=32):
+        keys = iter(jax.random.split(key, 5 + depth))
         self.particle = [Linear(n, embedding, next(keys)) for n in (seen, embedding)]
         self.time, self.enter = Linear(16, times, next(keys)), Linear(latent, width, next(keys))
         self.blocks = [FlowBlock(width, embedding, times, next(keys)) for _ in range(depth)]
         self.out = Linear(width, latent, next(keys), scale=0.1)
 
-    def __call__(self, z, t, c):
+    def __call__(self, z, t, particle):
         angles = t * jnp.pi / 2 * 2.0 ** jnp.arange(8)
-        particle = data.features(c, self.detector)
         for layer in self.particle:
             particle = jax.nn.silu(layer(particle))
         time = jax.nn.silu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
@@ -381,13 +380,34 @@ class Stage1(eqx.Module):
     critic: papers.Critic | None
 
 
+class Prior(eqx.Module):
+    """What stage 2 trains: the flow from N(0, 1) to latents and, but for --net paper, P(S | c)."""
+    totals: Totals | None
+    flow: eqx.Module
+    detector: Detector = eqx.field(static=True)
+
+    def __init__(self, net, detector, conditions, latent, key):
+        self.totals, self.detector, (flow_key, sum_key) = None, detector, jax.random.split(key)
+        if net == "paper":
+            self.flow = papers.UNet(latent, latent, 8, conditions, flow_key)
+        else:
+            self.flow = DenseFlow(data.feature_count(conditions, detector) + SUM_FEATURES, latent, flow_key)
+            self.totals = Totals(detector, conditions, sum_key)
+
+    def __call__(self, z, t, c, total):
+        """The velocity at z and t () for a particle c (C,) and a photon sum ()."""
+        if self.totals is None:
+            return self.flow(z, t, c)
+        return self.flow(z, t, with_sum(c, total, self.detector))
+
+
 class LatentFM(eqx.Module):
     """The generative model: the autoencoder without its encoder, mean and standard deviation of the latents,
-    and the flow from N(0, 1) to latents standardised by them."""
+    and the prior of latents standardised by them."""
     autoencoder: eqx.Module
     mean: jax.Array
     std: jax.Array
-    flow: eqx.Module
+    prior: Prior
 
 
 def make_stage1(net, detector, conditions, latent, key):
@@ -398,18 +418,12 @@ def make_stage1(net, detector, conditions, latent, key):
     return Stage1(autoencoder, papers.Features(detector.shape, keys[1]), papers.Critic(keys[2]))
 
 
-def make_flow(net, detector, conditions, latent, key):
-    if net == "dense":
-        return DenseFlow(detector, conditions, latent, key)
-    return papers.UNet(latent, latent, 8, conditions, key)
-
-
 def make_latent_fm(net, detector, conditions, latent, key):
     """An untrained LatentFM: the shapes of a checkpoint."""
     shape = (*data.patch_grid(detector.shape, 4), latent) if net == "paper" else (latent,)
     autoencoder = without_encoder(make_stage1(net, detector, conditions, latent, key).autoencoder)
-    flow = make_flow(net, detector, conditions, latent, key)
-    return LatentFM(autoencoder, jnp.zeros(shape), jnp.ones(shape), flow)
+    prior = Prior(net, detector, conditions, latent, key)
+    return LatentFM(autoencoder, jnp.zeros(shape), jnp.ones(shape), prior)
 
 
 def without_encoder(autoencoder):
@@ -428,10 +442,11 @@ def train_stages(args, dataset, split, scaler):
     first, second = stage_plans(common.plan(args), args.stage, args.flow_epochs)
     loss = autoencoder_loss if args.net == "dense" else partial(published_loss, beta=args.beta)
     shapes = args.net, detector, c.shape[1], args.latent
-    net, flow = make_stage1(*shapes, first.keys[0]), make_flow(*shapes, second.keys[0])
+    net, prior = make_stage1(*shapes, first.keys[0]), Prior(*shapes, second.keys[0])
     if args.finetune:                                  # from a new encoder, which learns the decoder's latent
         old = common.load_model(args.finetune, partial(make_latent_fm, *shapes))
-        net, flow = Stage1(eqx.combine(old.autoencoder, net.autoencoder), net.features, net.critic), old.flow
+        net = Stage1(eqx.combine(old.autoencoder, net.autoencoder), net.features, net.critic)
+        prior = old.prior
     net, times = train(net, loss, (dataset.responses, c), split.train, first)
     redraw = eqx.filter_jit(eqx.Partial(reconstruct, net.autoencoder))
     score = metrics.score_reconstruction(args, redraw, scaler, dataset, split)
@@ -439,9 +454,12 @@ def train_stages(args, dataset, split, scaler):
     if args.stage == "1":
         return None, found
     codes, mean, std = encode_all(net.autoencoder, dataset.responses, c, split.train)
-    flow, times = train(flow, path_loss, (codes, c), split.train, second)
+    arrays = codes, dataset.responses.sum((1, 2), dtype=np.float32), c
+    if prior.totals:
+        prior = eqx.tree_at(lambda net: net.totals.low, prior, least_total(dataset.responses[split.train]))
+    prior, times = train(prior, path_loss, arrays, split.train, second)
     seconds = found["stage1"]["train_seconds"] + times["train_seconds"]
-    net = LatentFM(without_encoder(net.autoencoder), jnp.asarray(mean), jnp.asarray(std), flow)
+    net = LatentFM(without_encoder(net.autoencoder), jnp.asarray(mean), jnp.asarray(std), prior)
     return net, found | {"stage2": times, "train_seconds": seconds}
 
 
@@ -466,8 +484,8 @@ def main(argv=None):
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
     decoder = common.network_cost(net.autoencoder.decode, net.mean.shape, (conditions,))["mflop"]
-    flow = common.network_cost(net.flow, net.mean.shape, (), (conditions,))["mflop"]
-    parameters = common.count_parameters((net.autoencoder, net.flow))
+    flow = common.network_cost(net.prior, net.mean.shape, (), (conditions,), ())["mflop"]
+    parameters = common.count_parameters((net.autoencoder, net.prior))
     return metrics.report(args, draw, scaler, dataset, split, common.BATCHES, parameters=parameters,
                           mflop=decoder + args.steps * flow, steps=args.steps,
                           evaluations=args.steps + 1, **found)

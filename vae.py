@@ -1,16 +1,16 @@
 """Autoencoders [Comparison].
 
 An encoder E shrinks a response x to a latent z of a few numbers, a decoder D makes a response of it. There
-are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)), and D
-of `vae` also sees the impact points:
-    vae             L = R + beta KL(q(z | x, c) || p(z | c))                  z ~ p(z | c), see Prior
+are four ways to a latent for a new particle c, whose response is then D(z); R is the error of D(E(x)). D of
+`vae` also sees the impact points and the photon sum n, which q takes from x and the prior draws (totals.py):
+    vae             L = R + beta KL(q(z, n | x, c) || p(z, n | c))            z, n ~ p(z, n | c), see Prior
     supervised      L = R + beta |E(x) - c|^2                      (Eq. 1)    z = c
     noise-l2        L = R + beta |G(c, e) - E(x)|^2                           z = G(c, e), e ~ N(0, 1)
     noise-sinkhorn  L = R + beta S((G(c, e), c), (E(x), c))        (Eq. 2)    z = G(c, e), e ~ N(0, 1)
 G is a noise generator and S the Sinkhorn divergence, a distance of two distributions. All terms are per fibre
 or per number of the latent, so that beta does not depend on their sizes.
 
-Photons are counts, drawn from what is decoded as in checkerboard.py, so that R = -log p(x | z, c) has no
+Photons are counts, drawn from what is decoded as in checkerboard.py, so that R = -log p(x | z) has no
 weight to tune (`--likelihood mse`: squared error of log responses, as the papers). After this training the
 prior of `vae` is trained on alone, since it has to match the latents of the responses of each particle.
 
@@ -36,6 +36,7 @@ from common import MLP, Linear, normal, normalise
 from layers import convolve, enlarge
 from papers import ConvBlock, MixerBlock, TransformerBlock
 from simulator import DETECTORS, Detector
+from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_features, sum_nll, with_sum
 
 NOISE = 10   # numbers into the noise generator, as many as ALICE O2 feeds its networks
 
@@ -69,10 +70,10 @@ def parse(argv):
 # A loss returns its two terms, for one response (H, W) of a particle c (C,) and noise (net.noise,).
 
 def elbo(net, counts, c, noise, likelihood):
-    """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre:
-    -log p(x | z) + KL(q(z | x, c) || p(z | c)), both by one z."""
+    """The negative evidence lower bound (Kingma and Welling 2014) in nats per fibre: -log p(x | z, n, c) +
+    KL(q(z, n | x, c) || p(z, n | c)), both by one z and the photon sum n of x."""
     z, log_std = draw_code(net.encode(jnp.log1p(counts), c), noise)
-    divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, c)
+    divergence = -jnp.sum(log_std) - jnp.sum(noise**2) / 2 - net.prior.log(z, jnp.sum(counts), c)
     return reconstruction_loss(net, z, counts, c, likelihood), divergence / counts.size
 
 
@@ -113,7 +114,7 @@ LIKELIHOODS = "checkerboard", "mse"
 
 def reconstruction_loss(net, z, counts, c, likelihood):
     """-log p(x | z), mean over the fibres of counts (H, W), or the squared error."""
-    decoded = net.decode(z, c)
+    decoded = net.decode(z, jnp.sum(counts), c)
     if likelihood == "checkerboard":
         return net.decoder.head.loss(decoded, counts)
     return jnp.mean((decoded - jnp.log1p(counts))**2)                          # as the papers
@@ -134,12 +135,12 @@ def batch_loss(net, counts, c, key, variant, likelihood, beta):
     return first + beta * second, parts
 
 
-def prior_loss(prior, codes, c, key):
-    """-log p(z | c) in nats, but for a constant, of latents drawn for codes (B, 2 L) of conditions c (B, C):
-    what is left of the ELBO when encoder and decoder stay as they are."""
+def prior_loss(prior, codes, total, c, key):
+    """-log p(z, n | c) in nats, but for a constant, of latents drawn for codes (B, 2 L) and of photon sums
+    (B,) of conditions c (B, C): what is left of the ELBO when encoder and decoder stay as they are."""
     noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), codes.shape[1] // 2))   # new noise
     z = jax.vmap(draw_code)(codes.astype(jnp.float32), noise)[0]
-    nats = -jax.vmap(prior.log)(z, c).mean()
+    nats = -jax.vmap(prior.log)(z, total, c).mean()
     return nats, {"nats": nats}
 
 
@@ -177,10 +178,10 @@ def transport(cost, epsilon, rounds):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-def draw_latent(net, c, noise):
-    """The latent (L,) of a new particle c (C,)."""
+def draw_latent(net, c, noise, total):
+    """The latent (L,) of a new particle c (C,), for "vae" of its photon sum too."""
     if net.variant == "vae":
-        return net.prior.draw(noise, c)
+        return net.prior.draw(noise, total, c)
     return c if net.variant == "supervised" else net.generate(c, noise)
 
 
@@ -193,9 +194,10 @@ def draw_response(net, decoded, likelihood, key):
 
 def sample(net, c, key, likelihood):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    latent_key, count_key = jax.random.split(key)
-    z = jax.vmap(partial(draw_latent, net))(c, jax.random.normal(latent_key, (len(c), net.noise)))
-    return data.as_uint16(draw_response(net, jax.vmap(net.decode)(z, c), likelihood, count_key))
+    latent_key, sum_key, count_key = jax.random.split(key, 3)
+    total = draw_totals(net.prior.totals, c, sum_key) if net.prior else c[:, 0]             # not looked at
+    z = jax.vmap(partial(draw_latent, net))(c, jax.random.normal(latent_key, (len(c), net.noise)), total)
+    return data.as_uint16(draw_response(net, jax.vmap(net.decode)(z, total, c), likelihood, count_key))
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -247,9 +249,10 @@ def train_prior(net, arrays, rows, plan, epochs):
     still. Returns the network and the seconds."""
     folder, encode = plan.run / "prior", eqx.filter_jit(eqx.Partial(encode_block, net))
     resume = plan.resume and common.saved_after(folder, plan.run)              # else it had not begun
-    codes = common.in_blocks(encode, jax.random.key(0), *arrays)
+    codes, (responses, c) = common.in_blocks(encode, jax.random.key(0), *arrays), arrays
     plan = plan._replace(run=folder, epochs=epochs, resume=resume)
-    prior, times = train(net.prior, prior_loss, (codes, arrays[1]), rows, plan)
+    arrays = codes, responses.sum((1, 2), dtype=np.float32), c
+    prior, times = train(net.prior, prior_loss, arrays, rows, plan)
     return eqx.tree_at(lambda net: net.prior, net, prior), times["train_seconds"]
 
 
@@ -352,29 +355,18 @@ class Decoder(eqx.Module):
         return data.from_patches(self.head(jax.nn.silu(h)), self.size, self.shape)[0].astype(jnp.float32)
 
 
-class Embedding(eqx.Module):
-    """What decides the brightness of a particle c (C,), as one vector (width,)."""
-    net: MLP
-    detector: Detector = eqx.field(static=True)
-
-    def __init__(self, detector, conditions, width, key):
-        known = data.feature_count(conditions, detector)
-        self.net, self.detector = MLP(key, known, width, width, width), detector
-
-    def __call__(self, c):
-        return self.net(data.features(c, self.detector))
-
-
 class Prior(eqx.Module):
-    """p(z | c): affine couplings (Dinh et al. 2017) from N(0, 1) to the latents (L,) of responses of a
-    particle. With z ~ N(0, 1) instead, latents are drawn that no response has, and ZP loses a fifth of its
-    light."""
-    embedding: Embedding
+    """p(z, n | c) = P(n | c) p(z | c, n), n the photon sum: affine couplings (Dinh et al. 2017) from N(0, 1)
+    to latents (L,). With z ~ N(0, 1), latents are drawn that no response has: ZP loses a fifth of its light."""
+    totals: Totals
+    embedding: MLP
     layers: list
 
     def __init__(self, latent, detector, conditions, key, depth=6, width=128):
-        half, (first, *keys) = latent // 2, jax.random.split(key, 1 + depth)
-        self.embedding = Embedding(detector, conditions, width, first)
+        half, (first, last, *keys) = latent // 2, jax.random.split(key, 2 + depth)
+        self.totals = Totals(detector, conditions, last)
+        seen = data.feature_count(conditions, detector) + SUM_FEATURES
+        self.embedding = MLP(first, seen, width, width, width)
         self.layers = [MLP(key, half + width, width, 2 * (latent - half)) for key in keys]
 
     def coupling(self, layer, first, e):
@@ -382,9 +374,10 @@ class Prior(eqx.Module):
         shift, log_scale = jnp.split(layer(jnp.concatenate([first, e])).astype(jnp.float32), 2)
         return shift, 2 * jnp.tanh(log_scale / 2)
 
-    def log(self, z, c):
-        """log p(z | c), but for the constant of a normal distribution."""
-        e, log_determinant = self.embedding(c), 0.0
+    def log(self, z, total, c):
+        """log p(z, n | c), but for the constant of a normal distribution."""
+        e = self.embedding(with_sum(c, total, self.totals.detector))
+        log_determinant = -sum_nll(self.totals, total, c)
         for layer in self.layers:
             first, second = jnp.split(z, [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -392,9 +385,9 @@ class Prior(eqx.Module):
             log_determinant -= jnp.sum(log_scale)
         return log_determinant - jnp.sum(z**2) / 2
 
-    def draw(self, noise, c):
-        """z ~ p(z | c) of noise (L,) ~ N(0, 1)."""
-        e, z = self.embedding(c), noise
+    def draw(self, noise, total, c):
+        """z ~ p(z | c, n) of noise (L,) ~ N(0, 1)."""
+        e, z = self.embedding(with_sum(c, total, self.totals.detector)), noise
         for layer in self.layers[::-1]:
             first, second = jnp.split(z[::-1], [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -404,12 +397,12 @@ class Prior(eqx.Module):
 
 class Autoencoder(eqx.Module):
     """Encoder, decoder and what else a variant has. The encoder of "vae" sees the particle c, its decoder of
-    it the impact points alone, so that the latent holds the brightness: else an unseen particle gets that of
-    one it has learnt by heart. The decoder of "supervised" takes its latent for the particle, that of a noise
+    it the impact points alone, and the photon sum: else an unseen particle gets the brightness of one that it
+    has learnt by heart. The decoder of "supervised" takes its latent for the particle, that of a noise
     generator sees its latent alone."""
     encoder: Encoder
     decoder: Decoder
-    embedding: Embedding | None
+    embedding: MLP | None
     generator: MLP | None
     prior: Prior | None
     detector: Detector = eqx.field(static=True)
@@ -423,29 +416,32 @@ class Autoencoder(eqx.Module):
         self.detector, self.variant = detector, variant
         self.latent = conditions if variant == "supervised" else latent
         self.noise = latent if vae else NOISE if noisy else 0                  # numbers into a new latent
-        self.embedding = None if noisy else Embedding(detector, conditions, width, keys[0])
-        features = data.feature_count(conditions, detector) + NOISE
-        self.generator = MLP(keys[1], features, width, width, latent) if noisy else None
+        known = data.feature_count(conditions, detector)
+        self.embedding = None if noisy else MLP(keys[0], known, width, width, width)
+        self.generator = MLP(keys[1], known + NOISE, width, width, latent) if noisy else None
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, detector, conditions, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
-        code = latent if vae or noisy else width
+        code = latent + SUM_FEATURES if vae else latent if noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
     def encode(self, x, c):
         """(L,), for "vae" mean and log of the standard deviation (2 L,)."""
-        return self.encoder(x, self.embedding(c) if self.variant == "vae" else c[:0])
+        seen = self.embedding(data.features(c, self.detector)) if self.variant == "vae" else c[:0]
+        return self.encoder(x, seen)
 
     def generate(self, c, noise):
         """A latent (L,) of the noise generator."""
         return self.generator(jnp.concatenate([data.features(c, self.detector), noise])).astype(jnp.float32)
 
-    def decode(self, z, c):
-        """What the decoder makes of a latent z (L,) of a particle c (C,)."""
+    def decode(self, z, total, c):
+        """What the decoder makes of a latent z (L,) and, for "vae", a photon sum () of a particle c (C,)."""
+        if self.variant == "vae":
+            z = jnp.concatenate([z, sum_features(total)])
         if self.variant == "supervised":
             c = jnp.clip(z, -10, 10)                                           # as data.conditions
-            z = self.embedding(c)
+            z = self.embedding(data.features(c, self.detector))
         seen = c[:0] if self.variant.startswith("noise") else c
         return self.decoder(z, data.near_impact(seen, self.detector, self.decoder.size))
 
@@ -466,8 +462,12 @@ def main(argv=None):
     if not args.load:
         plan, scaler = common.plan(args), data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
+        net = common.first_network(args, make, plan)
+        if net.prior:
+            low = least_total(dataset.responses[split.train])
+            net = eqx.tree_at(lambda net: net.prior.totals.low, net, low)
         loss = partial(batch_loss, variant=args.variant, likelihood=args.likelihood, beta=args.beta)
-        net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
+        net, times = train(net, loss, arrays, split.train, plan)
         if args.variant == "vae":
             net, seconds = train_prior(net, arrays, split.train, plan, args.prior_epochs)
             times["train_seconds"] += seconds
@@ -475,8 +475,8 @@ def main(argv=None):
     draw = eqx.filter_jit(eqx.Partial(sample, net, likelihood=args.likelihood))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    decoded = lambda net, c, noise: net.decode(draw_latent(net, c, noise), c)
-    cost = common.network_cost(eqx.Partial(decoded, net), (conditions,), (net.noise,))
+    decoded = lambda net, c, noise, total: net.decode(draw_latent(net, c, noise, total), total, c)
+    cost = common.network_cost(eqx.Partial(decoded, net), (conditions,), (net.noise,), ())
     return metrics.report(args, draw, scaler, dataset, split, common.BATCHES, **cost, evaluations=1, **times)
 
 

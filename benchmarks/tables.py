@@ -296,7 +296,7 @@ def flows(detector, root=ROOT):
     dataset, split = data.open_split(args)
     test = data.select(dataset, split.test[:SCORED])
     c, total = data.conditions(test.particles, data.stored_scaler(args.header)), test.responses.sum((1, 2))
-    predict = eqx.filter_jit(eqx.Partial(iaf.draw_totals, nets["student"].totals, low=logit.low))
+    predict = eqx.filter_jit(eqx.Partial(iaf.draw_totals, nets["student"].totals))
     sums = {"true": total.astype(np.float32), "predicted": common.in_blocks(predict, key, c)}
     draw = {name: eqx.filter_jit(eqx.Partial(iaf.draw_light, nets[name])) for name in ("teacher", "student")}
     for name, label in itertools.product(draw, sums):

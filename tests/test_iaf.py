@@ -166,59 +166,6 @@ def test_fitted_logits_fill_three_quarters_of_the_box():
     total = responses.sum((1, 2), keepdims=True)
     x = iaf.to_logit(light, total, logit)[0]
     assert float(x.max()) == pytest.approx(4.5, abs=1e-3) and float(x.min()) == pytest.approx(-4.5, abs=1e-3)
-    assert logit.low == min(total.min(), data.CUT) and iaf.fit_logit(0.5, 0 * responses + 1).low == data.CUT
-
-
-# ------------------------------------------------------------------------------------------------ photon sums
-
-class Fixed(eqx.Module):
-    """A Mixture that does not look at the particle."""
-    values: jax.Array
-
-    def __call__(self, c):
-        return self.values
-
-
-def mixture(low=10):
-    """Two logistic distributions of log S, cut below `low`: a network, S = low .. 6000, and P(S) by scipy."""
-    weights, places, scales, numbers = np.array([0.3, 0.7]), [2.0, 6.0], [0.4, 0.1], np.arange(low, 6000)
-    cdf = lambda s, k: stats.logistic.cdf(np.log(s), places[k], scales[k])
-    p = sum(w * (cdf(numbers + 0.5, k) - cdf(numbers - 0.5, k)) / (1 - cdf(low - 0.5, k))
-            for k, w in enumerate(weights))
-    return Fixed(jnp.asarray(np.stack([np.log(weights), places, np.log(scales)]), jnp.float32)), numbers, p
-
-
-def test_likelihood_of_sums():
-    net, numbers, p = mixture()
-    nats = np.float64(jax.vmap(lambda total: iaf.sum_nll(net, total, None, 10))(np.float32(numbers)))
-    assert np.exp(-nats).sum() == pytest.approx(1, abs=2e-3)
-    np.testing.assert_allclose(nats[[0, 1, 47, 393, 1190]], -np.log(p[[0, 1, 47, 393, 1190]]), rtol=2e-3)
-    loss, _ = iaf.sum_loss(net, jnp.array([[[4, 6]], [[50, 7]]], jnp.uint16), jnp.zeros((2, 3)), KEY, 10)
-    assert loss == pytest.approx(-np.log(p[[0, 47]]).mean(), rel=2e-3)
-
-
-def test_sums_are_drawn_from_that_distribution():
-    net, numbers, p = mixture()
-    drawn = np.sort(np.asarray(iaf.draw_totals(net, jnp.zeros((20_000, 3)), KEY, 10)))
-    assert drawn[0] >= 10 and (drawn == np.round(drawn)).all()
-    ranks = np.searchsorted(numbers, drawn, side="right") - 1
-    found = np.searchsorted(drawn, numbers[ranks], side="right") / 20_000
-    assert np.abs(np.cumsum(p)[ranks] - found).max() < 0.015
-
-
-def test_the_network_of_sums_learns_a_distribution(tmp_path):
-    """Two particles, of 20 and of about 500 photons."""
-    rng, kind = np.random.default_rng(0), np.arange(1024) % 2
-    totals = np.where(kind, rng.poisson(500, 1024), 20).astype(np.uint16)
-    c = (2.0 * kind - 1)[:, None] * np.ones((1, 14), np.float32)
-    flags = "--epochs", "20", "--lr", "5e-3", "--ema", "0.9", "--run", str(tmp_path)
-    plan, loss = common.plan(iaf.parse([*FLAGS, *flags])), partial(iaf.sum_loss, low=10)
-    arrays = totals[:, None, None], np.float32(c)
-    net = iaf.Mixture(DETECTORS["zn"], 14, KEY, width=32)
-    net, _ = iaf.train(net, loss, arrays, np.arange(1024), plan)
-    drawn = np.asarray(iaf.draw_totals(net, jnp.asarray(arrays[1]), KEY, 10))
-    assert np.median(drawn[kind == 0]) == pytest.approx(20, abs=1.5)
-    assert drawn[kind == 1].mean() == pytest.approx(500, rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------- distillation

@@ -108,29 +108,37 @@ def test_divergence_is_that_of_the_integral(mean, std):
 def test_flow_loss_is_least_for_the_right_velocity():
     """To one known latent: from (z, t) the noise, and so the velocity, is known."""
     z1, weight = jnp.array([1.0, -2.0, 0.5]), jnp.array([2.0, 0.5, 0.5])
-    exact = lambda z, t, c: (z1 - z) / (1 - t)
-    wrong = lambda z, t, c: exact(z, t, c) + jnp.array([3.0, 0.0, 1.0])
+    exact = lambda z, t, c, total: (z1 - z) / (1 - t)
+    wrong = lambda z, t, c, total: exact(z, t, c, total) + jnp.array([3.0, 0.0, 1.0])
     for t in (0.0, 0.4, 0.9):
-        loss = lambda net, weight: float(latent_fm.flow_loss(net, z1, t, None, KEY, weight))
+        loss = lambda net, weight: float(latent_fm.flow_loss(net, z1, t, None, None, KEY, weight))
         assert loss(exact, 1.0) < 1e-8
         assert loss(wrong, 1.0) == pytest.approx(10 / 3, rel=1e-3)
         assert loss(wrong, weight) == pytest.approx((2 * 9 + 0.5) / 3, rel=1e-3)
 
 
-def test_path_loss_prefers_early_times_and_precise_numbers():
-    """Times are squares of uniform ones; an error costs more in a number that the encoder knows exactly."""
+def test_path_loss_prefers_precise_numbers():
+    """An error costs more in a number that the encoder knows exactly; the sums are learnt beside."""
     stds, times = np.array([0.1, 0.5, 1.0]), []
     codes = jnp.broadcast_to(jnp.stack([jnp.zeros(3), jnp.log(stds)]), (64, 2, 3))
 
-    def spy(z, t, c):
-        jax.debug.callback(lambda t: times.append(float(t)), t)
-        return 1e3 * jnp.array([1.0, 0, 0])  # the right velocity hardly matters
-    loss = jax.jit(partial(latent_fm.path_loss, spy))(codes, jnp.zeros((64, 14)), KEY)[0]
+    class Spy:
+        totals = None
+
+        def __call__(self, z, t, c, total):
+            jax.debug.callback(lambda t: times.append(float(t)), t)
+            return 1e3 * jnp.array([1.0, 0, 0])  # the right velocity hardly matters
+    batch = codes, jnp.full(64, 50.0), jnp.zeros((64, 14)), KEY
+    loss, parts = jax.jit(partial(latent_fm.path_loss, Spy()))(*batch)
     jax.effects_barrier()
     weights = 1 / (stds**2 + 0.05)
-    assert loss == pytest.approx(1e6 * weights[0] / weights.sum(), rel=1e-2)
-    assert len(times) == 64 and stats.kstest(times, lambda t: np.sqrt(np.clip(t, 0, 1))).pvalue > 0.01
-    assert np.array_equal(np.sort(np.floor(64 * np.sqrt(times))), np.arange(64))    # stratified
+    assert loss == parts["path"] == pytest.approx(1e6 * weights[0] / weights.sum(), rel=1e-2)
+    assert np.array_equal(np.sort(np.floor(64 * np.array(times))), np.arange(64))   # stratified
+    Spy.totals = "sums"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_fm, "sum_nll", lambda net, total, c: 3.0 * total)
+        with_sums, parts = jax.jit(partial(latent_fm.path_loss, Spy()))(*batch)
+    assert parts["sum"] == 150 and with_sums - loss == pytest.approx(150, rel=1e-3)
 
 
 BETA, BATCH = 0.7, 3
@@ -307,9 +315,10 @@ def test_shapes(net, detector, conditions, precision):
     loss = latent_fm.autoencoder_loss if net == "dense" else partial(latent_fm.published_loss, beta=0.01)
     counts, codes = np.zeros((4, *detector.shape), np.uint16), np.zeros((4, 2, *latent), np.float16)
     for loss, batch, make in ((loss, counts, partial(latent_fm.make_stage1, net, detector)),
-                              (latent_fm.path_loss, codes, partial(latent_fm.make_flow, net, detector))):
+                              (partial(latent_fm.path_loss, total=np.full(4, 50, np.float32)), codes,
+                               partial(latent_fm.Prior, net, detector))):
         trainee = eqx.filter_eval_shape(make, conditions, 3, KEY)
-        lowered = lambda net: loss(common.lower(net, precision), batch, c, KEY)
+        lowered = lambda net: loss(common.lower(net, precision), batch, c=c, key=KEY)
         value, _ = eqx.filter_eval_shape(lowered, trainee)
         assert value.shape == () and value.dtype == jnp.float32
     model = eqx.filter_eval_shape(latent_fm.make_latent_fm, net, detector, conditions, 3, KEY)
@@ -329,10 +338,10 @@ def test_size_of_the_papers_autoencoder():
 def test_what_is_conditioned_on_the_particle(small_detectors):
     """The flow, and of our autoencoder what the impact points change; the paper's takes none."""
     detector, z, grid = data.DETECTORS["zn"], jnp.ones(3), jnp.ones((3, 3, 3))
-    x, flow = jnp.ones(detector.shape), random_network(latent_fm.make_flow, "dense", detector, 14, 3)
+    x, flow = jnp.ones(detector.shape), random_network(latent_fm.Prior, "dense", detector, 14, 3)
     make = partial(random_network, latent_fm.make_stage1)
     ours, published = (make(net, detector, 14, 3).autoencoder for net in NETS)
-    found = jax.jit(lambda c: (ours.encode(x, c), ours.decode(z, c), flow(z, 0.5, c)))
+    found = jax.jit(lambda c: (ours.encode(x, c), ours.decode(z, c), flow(z, 0.5, c, 50.0)))
     same = lambda c: [np.array_equal(*pair) for pair in zip(found(jnp.zeros(14)), found(c), strict=True)]
     assert same(jnp.ones(14)) == [False, False, False]
     assert same(jnp.zeros(14).at[:11].set(1)) == [True, True, False]           # the last three are the points
@@ -387,7 +396,7 @@ def test_finetuning_starts_from_decoder_and_flow(trained, tmp_path):
     latent_fm.main([*flags, "--finetune", str(old), "--run", str(tmp_path)])
     make = partial(latent_fm.make_latent_fm, "dense", data.DETECTORS["zn"], 14, 32)
     nets = [common.load_model(path, make) for path in (old, new)]
-    for a, b in zip(*(jax.tree.leaves((net.autoencoder, net.flow)) for net in nets), strict=True):
+    for a, b in zip(*(jax.tree.leaves((net.autoencoder, net.prior)) for net in nets), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
     assert common.read_header(new)["flags"]["flow_epochs"] == 2
 
@@ -448,7 +457,8 @@ def test_two_devices(tmp_path):
     """Two devices share a batch and end in the same flow as one, with the weights of the whole batch."""
     rng = np.random.default_rng(0)
     codes = np.stack([rng.normal(size=(500, 4)), rng.normal(-2, 1, (500, 4))], axis=1).astype(np.float16)
-    arrays, flow = (codes, np.zeros((500, 14), np.float32)), OneLayer(4, 4, None, 14, KEY)
+    arrays = codes, np.full(500, 50, np.float32), np.zeros((500, 14), np.float32)
+    flow = latent_fm.Prior("dense", data.DETECTORS["zn"], 14, 4, KEY)
 
     def run(devices):
         flags = "--epochs", "2", "--devices", devices, "--run", str(tmp_path / devices)

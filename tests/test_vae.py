@@ -22,6 +22,7 @@ import files
 import tiny
 import vae
 from common import UserError
+from totals import sum_nll
 
 KEY = jax.random.key(0)
 EVERY = [(arch, variant) for arch in vae.BLOCKS for variant in vae.LOSSES]
@@ -53,8 +54,10 @@ def filled_network(*which):
 # -------------------------------------------------------------------------------------------------- objective
 
 class NormalPrior:
-    log = staticmethod(lambda z, c: -jnp.sum(z**2) / 2)
-    draw = staticmethod(lambda noise, c: noise)
+    """The photon sum is 4 and does not matter."""
+    totals = None
+    log = staticmethod(lambda z, total, c: -jnp.sum(z**2) / 2 + jnp.where(total == 4, 0.0, jnp.nan))
+    draw = staticmethod(lambda noise, total, c: noise)
 
 
 class Photons:
@@ -69,7 +72,7 @@ class OneFibre:
     decoder = Photons
     mean, std, prior = 0.3, 0.6, NormalPrior
     encode = staticmethod(lambda x, c: jnp.log(jnp.array([math.exp(0.3), 0.6])))
-    decode = staticmethod(lambda z, c: z.reshape(1, 1))
+    decode = staticmethod(lambda z, total, c: z.reshape(1, 1))
 
 
 def test_elbo_misses_the_likelihood_by_the_divergence_from_the_posterior():
@@ -87,10 +90,11 @@ def test_elbo_misses_the_likelihood_by_the_divergence_from_the_posterior():
 
 
 def test_loss_of_the_prior_alone_is_the_cross_entropy():
-    """- E log p(z | c) for z ~ q(z | x, c), by integration, but for the constant."""
+    """- E log p(z, S | c) for z ~ q(z | x, c), by integration, but for the constant."""
     code, z = np.log(np.array([[math.exp(0.3), 0.6]], np.float32)), np.linspace(-8, 8, 20_001)
     codes = code.repeat(50_000, axis=0)
-    nats, parts = vae.prior_loss(NormalPrior, codes, np.zeros((50_000, 14), np.float32), KEY)
+    total, c = np.full(50_000, 4.0, np.float32), np.zeros((50_000, 14), np.float32)
+    nats, parts = vae.prior_loss(NormalPrior, codes, total, c, KEY)
     density = norm(OneFibre.mean, OneFibre.std).pdf(z)
     assert nats == parts["nats"] == pytest.approx((density * z**2 / 2).sum() * (z[1] - z[0]), rel=0.02)
 
@@ -100,7 +104,7 @@ class ThreeLatents:
     prior = NormalPrior
     encode = staticmethod(lambda x, c: 3 * c)
     generate = staticmethod(lambda c, noise: c + noise)
-    decode = staticmethod(lambda z, c: jnp.zeros((2, 2)))
+    decode = staticmethod(lambda z, total, c: jnp.zeros((2, 2)))
 
 
 def test_latents_of_eq_1_and_of_the_noise_generator():
@@ -138,7 +142,7 @@ def test_reconstruction_loss_is_the_log_likelihood():
     decoded, counts = np.float32(rng.normal(0, 1.5, (10, 20))), rng.poisson(3, (10, 20)).astype(np.float32)
 
     class Net:
-        decode, decoder = staticmethod(lambda z, c: z + c), Decoder
+        decode, decoder = staticmethod(lambda z, total, c: z + c), Decoder
     expected = {"checkerboard": (3 * decoded - counts).mean(),
                 "mse": np.mean((decoded - np.log1p(counts))**2)}
     for likelihood, value in expected.items():
@@ -249,13 +253,16 @@ def test_new_latents_are_those_of_the_loss():
     """The prior's noise, the particle, or what the generator makes of both."""
     for variant, expected in (("vae", [5.0]), ("supervised", [1.0, 2.0]), ("noise-l2", [6.0, 7.0])):
         ThreeLatents.variant = variant
-        assert vae.draw_latent(ThreeLatents, jnp.array([1.0, 2.0]), jnp.array([5.0])).tolist() == expected
+        drawn = vae.draw_latent(ThreeLatents, jnp.array([1.0, 2.0]), jnp.array([5.0]), jnp.array(4.0))
+        assert drawn.tolist() == expected
 
 
-def test_samples_have_a_fresh_latent_each_and_fresh_photons_in_each_fibre():
+def test_samples_have_a_fresh_latent_each_and_fresh_photons_in_each_fibre(monkeypatch):
+    monkeypatch.setattr(vae, "draw_totals", lambda net, c, key: jnp.full(len(c), 4.0))
+
     class Net(ThreeLatents):
         variant, noise, decoder = "vae", 1, Photons
-        decode = staticmethod(lambda z, c: jnp.broadcast_to(c[0] + z[0], (10, 10)))    # rate exp(c + z)
+        decode = staticmethod(lambda z, total, c: jnp.broadcast_to(c[0] + z[0], (10, 10)))  # rate exp(c + z)
     many = jax.jit(partial(vae.sample, Net, likelihood="checkerboard"))(jnp.full((2000, 14), 5.0), KEY)
     assert many.shape == (2000, 10, 10) and many.dtype == jnp.uint16
     rates = np.mean(many, axis=(1, 2))
@@ -268,14 +275,16 @@ def test_samples_have_a_fresh_latent_each_and_fresh_photons_in_each_fibre():
 
 @pytest.mark.parametrize("latent", [1, 2, 3, 24])
 def test_prior_is_the_density_of_its_draws(latent):
-    """log p of a draw is that of its noise less the logarithm of the determinant of the draw's Jacobian."""
+    """log p of a draw is that of its noise and of the sum less the log of the determinant of the Jacobian."""
     prior, rng = vae.Prior(latent, data.DETECTORS["zn"], 14, KEY, depth=4, width=8), np.random.default_rng(0)
-    draw = jax.jit(jax.vmap(prior.draw))
+    draw, total = jax.jit(jax.vmap(prior.draw)), jnp.array([10.0, 12, 50, 300, 2000, 9000])
     noise, c = (jnp.asarray(rng.normal(size=(6, n)), jnp.float32) for n in (latent, 14))
-    z, slope = draw(noise, c), jax.jit(jax.vmap(jax.jacobian(prior.draw)))(noise, c)
+    z, slope = draw(noise, total, c), jax.jit(jax.vmap(jax.jacobian(prior.draw)))(noise, total, c)
     expected = -np.sum(noise**2, axis=1) / 2 - np.linalg.slogdet(np.asarray(slope, np.float64))[1]
-    np.testing.assert_allclose(jax.jit(jax.vmap(prior.log))(z, c), expected, rtol=1e-3, atol=1e-3)
-    assert (np.abs(draw(noise, c + 1) - z) > 1e-4).all()                       # it depends on the particle
+    expected -= jax.vmap(partial(sum_nll, prior.totals))(total, c)
+    np.testing.assert_allclose(jax.jit(jax.vmap(prior.log))(z, total, c), expected, rtol=1e-3, atol=1e-3)
+    for other in (draw(noise, total, c + 1), draw(noise, 2 * total, c)):
+        assert (np.abs(other - z) > 1e-4).all()
 
 
 @pytest.mark.parametrize("detector, likelihood, conditions, precision", [
@@ -298,13 +307,15 @@ def test_what_encoder_and_decoder_see_of_the_particle(variant, small_detectors):
     net = filled_network("mixer", variant)
 
     @jax.jit
-    def outputs(c, noise):
+    def outputs(c, noise, total=50.0):
         made = net.generate(c, noise) if variant.startswith("noise") else c + noise.sum()
-        return net.encode(jnp.zeros((12, 12)), c), net.decode(jnp.zeros(net.latent), c), made
+        return net.encode(jnp.zeros((12, 12)), c), net.decode(jnp.zeros(net.latent), total, c), made
     before = outputs(jnp.zeros(14), jnp.zeros(vae.NOISE))
     changed = [not np.array_equal(a, b) for a, b in zip(before, outputs(jnp.ones(14), jnp.zeros(vae.NOISE)))]
     assert changed == [variant == "vae", variant == "vae", True]
     assert not np.array_equal(before[2], outputs(jnp.zeros(14), jnp.ones(vae.NOISE))[2])
+    brighter = outputs(jnp.zeros(14), jnp.zeros(vae.NOISE), 500.0)[1]
+    assert np.array_equal(before[1], brighter) == (variant != "vae")
     elsewhere = outputs(jnp.ones(14).at[-3:].set(0.0), jnp.zeros(vae.NOISE))[1]
     np.testing.assert_array_equal(before[1], elsewhere)                        # the impact points alone
 

@@ -1,0 +1,83 @@
+"""Photon sum S of the response to a particle c: its distribution P(S | c), a mixture, and draws from it.
+
+A generator that draws the sum first makes the rest of a response for it, p(x | c) = P(S | c) p(x | c, S). One
+number is learnt by exact likelihood, so that the light is right where a network of whole responses, which
+follows its training particles, is a few per cent too dark (ZP's unseen particles).
+"""
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+from common import Linear
+from simulator import CUT, Detector
+
+COMPONENTS = 12                   # of the mixture
+SUM_FEATURES = 7
+
+
+class Totals(eqx.Module):
+    """P(S | c) for S of at least `low`, by a mixture of logistic distributions of log S. A call gives their
+    log weights, locations and log scales, (3, K)."""
+    layers: list
+    low: jax.Array                # int32 (), not trained
+    detector: Detector = eqx.field(static=True)
+
+    def __init__(self, detector, conditions, key, low=CUT, width=192):
+        keys, self.detector, self.low = jax.random.split(key, 3), detector, jnp.int32(low)
+        inputs = data.feature_count(conditions, detector)
+        self.layers = [Linear(inputs, width, keys[0]), Linear(width, width, keys[1]),
+                       Linear(width, 3 * COMPONENTS, keys[2], scale=0.1)]
+
+    def __call__(self, c):
+        first, second, last = self.layers
+        h = jax.nn.silu(second(jax.nn.silu(first(data.features(c, self.detector)))))
+        weights, locations, scales = last(h).astype(jnp.float32).reshape(3, COMPONENTS)
+        spread = jnp.linspace(2.0, 8.0, COMPONENTS)                            # logs of 7 to 3000 photons
+        return jnp.stack([jax.nn.log_softmax(weights), spread + 3 * locations, jnp.clip(scales - 1, -6, 2)])
+
+
+def least_total(responses):
+    """The least photon sum of responses (N, H, W), int32 () of 1 to that of the papers' data."""
+    return jnp.int32(np.clip(responses.sum((1, 2), dtype=np.int64).min(), 1, CUT))
+
+
+def sum_nll(net, total, c):
+    """-log P(S | c) in nats of one photon sum S: P(S) = F(log(S + 1/2)) - F(log(S - 1/2)) of each logistic F
+    in the mixture, over 1 - F(log(low - 1/2))."""
+    log_weights, locations, log_scales = net(c)
+    z = lambda total: (jnp.log(total) - locations) * jnp.exp(-log_scales)
+    upper, lower, floor = z(total + 0.5), z(total - 0.5), z(net.low - 0.5)
+    # F(u) - F(l) = F(u) F(-l) (1 - exp(l - u)), which does not cancel, and 1 - F(f) = F(-f)
+    rise = jnp.log(-jnp.expm1(jnp.minimum(lower - upper, -1e-6)))
+    log_p = rise - jax.nn.softplus(-upper) - jax.nn.softplus(lower) + jax.nn.softplus(floor)
+    return -jax.nn.logsumexp(log_weights + log_p)
+
+
+def draw_totals(net, c, key):
+    """Photon sums (B,) from the distribution of sum_nll by inversion, for c (B, C)."""
+    log_weights, locations, log_scales = jnp.moveaxis(jax.vmap(net)(c), 1, 0)                # (B, COMPONENTS)
+    kind_key, key = jax.random.split(key)
+    # Gumbel's way to draw a component, which export.py can write down
+    u = jax.random.uniform(kind_key, log_weights.shape, minval=jnp.finfo(jnp.float32).tiny)
+    score = log_weights - jnp.log(-jnp.log(u))
+    chosen = score == score.max(1, keepdims=True)
+    location, scale = (jnp.sum(jnp.where(chosen, a, 0.0), 1) for a in (locations, jnp.exp(log_scales)))
+    floor = (jnp.log(net.low - 0.5) - location) / scale
+    u = jax.random.uniform(key, location.shape, minval=1e-6, maxval=1 - 1e-6)
+    log_above = jnp.log1p(-u) - jax.nn.softplus(floor)                         # log(1 - F)
+    z = jnp.log(-jnp.expm1(jnp.minimum(log_above, -1e-7))) - log_above
+    return jnp.clip(jnp.round(jnp.exp(jnp.minimum(location + scale * z, 11.0))), net.low, 60_000)
+
+
+def sum_features(total):
+    """A photon sum () as networks see it, (SUM_FEATURES,): its log, and waves of it."""
+    log_total = jnp.log(total)[None] / 2 - 2
+    angles = log_total * 2.0 ** jnp.arange(3)
+    return jnp.concatenate([log_total, jnp.sin(angles), jnp.cos(angles)])
+
+
+def with_sum(c, total, detector):
+    """Both particle c (C,) and photon sum () as networks see them: data.features and sum_features."""
+    return jnp.concatenate([data.features(c, detector), sum_features(total)])
