@@ -109,7 +109,7 @@ def test_any_number_of_particles_gives_jaxs_counts(exported):
 
 
 def test_o2s_form_gives_jaxs_counts_for_the_hashed_noise(exported):
-    """The noise of gan.py are the ten numbers themselves."""
+    """The noise of gan.py are the ten numbers themselves; latent_fm.py draws a sum, a latent and counts."""
     args, draw, (_, single, _) = exported
     shapes = export.count_draws(lambda p: draw(p, jax.random.key(0)), graph.placeholder(PARTICLES[:1]))
     sample = lambda particle: draw(particle, jax.random.key(0))
@@ -122,10 +122,12 @@ def test_o2s_form_gives_jaxs_counts_for_the_hashed_noise(exported):
     for particle in PARTICLES:
         noise = RNG.normal(size=(1, 10)).astype(np.float32)
         latent = 0 if args.script == "gan" else args.latent
-        uniform = uniforms(noise[0], latent + 4 * np.prod(shapes[1][1])).astype(np.float32)
+        lengths = [np.prod(shape) for name, shape in shapes if name == "uniform"]
+        uniform = uniforms(noise[0], latent + sum(lengths)).astype(np.float32)
         first = noise if args.script == "gan" else normals(uniform[:latent]).astype(np.float32)[None]
-        rest = [part.reshape(shapes[1][1]) for part in np.split(uniform[latent:], 4)]
-        expected = run(particle[None], first, *rest)
+        rest = iter(np.split(uniform[latent:], np.cumsum(lengths)[:-1]))
+        parts = [first if name == "normal" else next(rest).reshape(shape) for name, shape in shapes]
+        expected = run(particle[None], *parts)
         found = np.expm1(model.run(None, {"noise": noise, "particle": particle[None]})[0]).astype(int)
         assert np.mean(found != np.swapaxes(expected, 1, 2)) < 0.001
 

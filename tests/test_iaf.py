@@ -25,7 +25,7 @@ from splines import NUMBERS
 
 KEY = jax.random.key(0)
 FLAGS = "--n 700 --batch-size 64 --epochs 2 --sum-epochs 2 --student-epochs 2 --quiet".split()
-LOGIT = iaf.Logit(noise=0.5, mean=-1.75, std=1.9, low=10)
+LOGIT = iaf.Logit(noise=0.5, mean=-1.75, std=1.9)
 OURS = partial(iaf.Flow, width=8, hidden=4, group=4, outputs=2, embedding=8)
 PAPER = partial(iaf.Flow, width=6, hidden=None, group=1, outputs=NUMBERS, embedding=8)
 SMALL = {"local": partial(OURS, orders=(1, -1)), "paper": partial(PAPER, orders=(-1, 3)),

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from functools import partial
+from typing import Callable
 
 import equinox as eqx
 import jax
@@ -52,7 +53,7 @@ class OneLayer(eqx.Module):
 def random_network(make, *args):
     """make(*args, key) with other random weights, made by NumPy: nothing is compiled."""
     rng, shapes = np.random.default_rng(0), eqx.filter_eval_shape(make, *args, KEY)
-    fill = lambda leaf: np.float32(rng.normal(size=leaf.shape) / max(leaf.shape[0], 1)**0.5)
+    fill = lambda leaf: np.float32(rng.normal(size=leaf.shape) / max([*leaf.shape[:1], 1])**0.5)
     return jax.tree.map(lambda leaf: fill(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, shapes)
 
 
@@ -226,18 +227,40 @@ def test_the_path_of_a_gaussian():
     assert abs(fine - s) < 0.03 * s and abs(fine - s) < abs(coarse - s)
 
 
+class Plain(eqx.Module):
+    def decode(self, z, c):
+        return z[None, None]  # log responses of one row of fibres
+
+
+class Moved(eqx.Module):
+    """A prior whose velocity follows from latent and photon sum."""
+    velocity: Callable
+    totals: object = None
+
+    def __call__(self, z, t, c, total):
+        return self.velocity(z, total)
+
+
 def test_new_latents_have_the_stored_spread():
     """A flow that stands still leaves N(0, 1), which mean and std of the checkpoint stretch."""
-    class Plain(eqx.Module):
-        def decode(self, z, c):
-            return z[None, None]  # log responses of one row of fibres
     mean, std = np.array([6.0, 7.0, 8.0]), np.array([0.5, 0.05, 1.0])
-    net = latent_fm.LatentFM(Plain(), jnp.asarray(mean), jnp.asarray(std), lambda z, t, c: jnp.zeros_like(z))
+    still = Moved(lambda z, total: jnp.zeros_like(z))
+    net = latent_fm.LatentFM(Plain(), jnp.asarray(mean), jnp.asarray(std), still)
     counts = latent_fm.sample(net, jnp.zeros((2000, 14)), KEY, steps=2)
     assert counts.shape == (2000, 1, 3) and counts.dtype == jnp.uint16
     z = np.log1p(np.float64(counts))[:, 0]
     np.testing.assert_allclose(z.std(0), std, rtol=0.1)
     assert (np.abs(z.mean(0) - mean) < 0.1 * std).all()
+
+
+def test_the_flow_sees_the_sum_that_was_drawn(monkeypatch):
+    """Each response its own, drawn from the distribution of the checkpoint."""
+    drawn = 100 + jnp.arange(5.0)
+    monkeypatch.setattr(latent_fm, "draw_totals", lambda net, c, key: net * drawn)
+    prior = Moved(lambda z, total: 1e6 * jnp.log(total) + 0 * z, 3.0)
+    net = latent_fm.LatentFM(Plain(), jnp.zeros(3), jnp.full(3, 1e-6), prior)
+    counts = latent_fm.sample(net, jnp.zeros((5, 14)), KEY, steps=2)
+    np.testing.assert_allclose(np.float64(counts) + 1, np.tile(3 * drawn[:, None, None], (1, 1, 3)), rtol=0.01)
 
 
 def test_features_give_counts_and_a_log_response_is_rounded():
