@@ -769,6 +769,10 @@ def main(argv=None):
             raise common.UserError(f"{path}: its particles are not those of {args.real} row by row "
                                    f"(rows: {len(other.particles)} and {len(real.particles)})")
     generations, oracle = ([others[p].responses for p in paths] for paths in (args.generated, args.oracle))
+    empty = max(np.mean(~responses.any((1, 2))) for responses in generations)
+    if empty and real.responses.any((1, 2)).all():
+        print(f"{empty:.1%} of the generated responses are empty and none of the real ones: "
+              "--generate leaves out particles that miss, --all-hit does not")
     scores = evaluate(real.responses, generations, real.particles, real.pdg, oracle, not args.no_classifier,
                       args.seed, args.convention)
     print_table(scores, f"{', '.join(args.generated)} against {args.real}", args.explain)

@@ -559,6 +559,18 @@ def test_the_command_without_classifier(files, capsys):
     assert scores["convention"] == "o2" and "classifier" not in scores
 
 
+def test_empty_responses_against_cut_data_are_pointed_out(tmp_path, capsys):
+    """A quarter of the particles miss in one of two generations, but not if the real list has misses too."""
+    real, others, particles, pdg = sets(2, shape=(44, 44), rate=0.2)
+    missed = np.where(np.arange(len(real))[:, None, None] % 4 == 0, 0, others[1])
+    paths = [write(tmp_path / f"{k}.h5", r, particles, pdg) for k, r in enumerate([real, others[0], missed])]
+    metrics.main([*paths, "--no-classifier"])
+    assert capsys.readouterr().out.startswith("25.0% of the generated responses are empty")
+    for arguments in (paths[:2], [paths[2], paths[2]]):
+        metrics.main([*arguments, "--no-classifier"])
+        assert "empty" not in capsys.readouterr().out
+
+
 def test_mistakes_end_in_one_line(files, tmp_path):
     real, others, particles, pdg = sets(1, shape=(44, 44), rate=0.2)
     shuffled = write(tmp_path / "shuffled.h5", others[0], particles[::-1], pdg)
