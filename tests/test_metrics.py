@@ -562,8 +562,9 @@ def test_the_command_without_classifier(files, capsys):
 def test_empty_responses_against_cut_data_are_pointed_out(tmp_path, capsys):
     """A quarter of the particles miss in one of two generations, but not if the real list has misses too."""
     real, others, particles, pdg = sets(2, shape=(44, 44), rate=0.2)
-    missed = np.where(np.arange(len(real))[:, None, None] % 4 == 0, 0, others[1])
-    paths = [write(tmp_path / f"{k}.h5", r, particles, pdg) for k, r in enumerate([real, others[0], missed])]
+    missed = np.where(np.arange(len(real))[:, None, None] % 4 == 0, 0, others[1] + 1)
+    lists = real + 1, others[0] + 1, missed
+    paths = [write(tmp_path / f"{k}.h5", r, particles, pdg) for k, r in enumerate(lists)]
     metrics.main([*paths, "--no-classifier"])
     assert capsys.readouterr().out.startswith("25.0% of the generated responses are empty")
     for arguments in (paths[:2], [paths[2], paths[2]]):
