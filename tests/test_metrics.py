@@ -569,7 +569,7 @@ def test_empty_responses_against_cut_data_are_pointed_out(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("25.0% of the generated responses are empty")
     for arguments in (paths[:2], [paths[2], paths[2]]):
         metrics.main([*arguments, "--no-classifier"])
-        assert "empty" not in capsys.readouterr().out
+        assert "are empty" not in capsys.readouterr().out
 
 
 def test_mistakes_end_in_one_line(files, tmp_path):
