@@ -103,7 +103,7 @@ def autoencoder_loss(net, counts, c, key):
 
 
 def path_loss(net, codes, total, c, key):
-    """Stage 2: loss of codes (B, 2, ...) of standardised latents, photon sums (B,) and c (B, C); its parts."""
+    """Stage 2: loss of codes (B, 2, ...) of standardised latents, photon sums (B,), c (B, C); its parts."""
     size, (time_key, noise_key, latent_key) = len(codes), jax.random.split(key, 3)
     mean, std = jax.vmap(gaussian)(codes.astype(jnp.float32))
     z1 = mean + std * jax.random.normal(latent_key, mean.shape)

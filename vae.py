@@ -357,7 +357,7 @@ class Decoder(eqx.Module):
 
 class Prior(eqx.Module):
     """p(z, n | c) = P(n | c) p(z | c, n), n the photon sum: affine couplings (Dinh et al. 2017) from N(0, 1)
-    to latents (L,). With z ~ N(0, 1), latents are drawn that no response has: ZP loses a fifth of its light."""
+    to latents (L,). With z ~ N(0, 1), those are drawn that no response has: ZP lacks a fifth of its light."""
     totals: Totals
     embedding: MLP
     layers: list

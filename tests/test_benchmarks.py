@@ -238,7 +238,7 @@ def test_samplers_are_compared(small_detectors, tmp_path, monkeypatch):
 
 
 def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):
-    """On a run whose networks hold the same number everywhere."""
+    """On a run whose weights are the same number everywhere."""
     monkeypatch.setattr(tables, "SCORED", 64)
     monkeypatch.setattr(common, "BLOCK", 64)
     dataset, removals = data.open_data("zn", 700, quiet=True), {"floor": 3.0, "scale-floor": 2.0}
@@ -247,7 +247,7 @@ def test_flows_are_compared(small_detectors, tmp_path, monkeypatch):
         args = iaf.parse(["--n", "700", "--sampler", sampler, "--run", str(tmp_path / folder)])
         make = partial(iaf.make_generator, "local", sampler, data.DETECTORS["zn"], logit, 14)
         shapes = eqx.filter_eval_shape(make, jax.random.key(0))
-        net = jax.tree.map(lambda a: np.full(a.shape, 0.01, a.dtype), shapes)
+        net = jax.tree.map(lambda a: np.full(a.shape, 10 if a.dtype == np.int32 else 0.01, a.dtype), shapes)
         header = args.header | {"logit": logit._asdict(), "removal": "floor"}
         scores = {"removals": {"teacher": removals, "student": removals}}
         common.save_model(args.run, header, scaler, scores, net)

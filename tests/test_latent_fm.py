@@ -260,7 +260,8 @@ def test_the_flow_sees_the_sum_that_was_drawn(monkeypatch):
     prior = Moved(lambda z, total: 1e6 * jnp.log(total) + 0 * z, 3.0)
     net = latent_fm.LatentFM(Plain(), jnp.zeros(3), jnp.full(3, 1e-6), prior)
     counts = latent_fm.sample(net, jnp.zeros((5, 14)), KEY, steps=2)
-    np.testing.assert_allclose(np.float64(counts) + 1, np.tile(3 * drawn[:, None, None], (1, 1, 3)), rtol=0.01)
+    expected = np.tile(3 * drawn[:, None, None], (1, 1, 3))
+    np.testing.assert_allclose(np.float64(counts) + 1, expected, rtol=0.01)
 
 
 def test_features_give_counts_and_a_log_response_is_rounded():
