@@ -292,7 +292,7 @@ def train_stages(args, dataset, split, scaler):
     c, key, found = data.conditions(dataset.particles, scaler), common.plan(args).keys[0], {"removals": {}}
     make = partial(NETWORKS[args.net], DETECTORS[args.detector], c.shape[1], logit, key=key)
     ready = partial(finish, args, scaler, data.select(dataset, split.validation), found)
-    arrays, low = (dataset.responses, c), least_total(dataset.responses[rows])
+    arrays, low = (dataset.responses, c), least_total(data.photon_sums(dataset.responses)[rows])
     plan = stage_plan(args, "sum", logit)
     totals = Totals(DETECTORS[args.detector], c.shape[1], key, low)
     totals, found["sum"] = train(totals, sum_loss, arrays, rows, plan)

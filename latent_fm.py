@@ -454,10 +454,10 @@ def train_stages(args, dataset, split, scaler):
     if args.stage == "1":
         return None, found
     codes, mean, std = encode_all(net.autoencoder, dataset.responses, c, split.train)
-    arrays = codes, dataset.responses.sum((1, 2), dtype=np.float32), c
+    sums = data.photon_sums(dataset.responses).astype(np.float32)
     if prior.totals:
-        prior = eqx.tree_at(lambda net: net.totals.low, prior, least_total(dataset.responses[split.train]))
-    prior, times = train(prior, path_loss, arrays, split.train, second)
+        prior = eqx.tree_at(lambda net: net.totals.low, prior, least_total(sums[split.train]))
+    prior, times = train(prior, path_loss, (codes, sums, c), split.train, second)
     seconds = found["stage1"]["train_seconds"] + times["train_seconds"]
     net = LatentFM(without_encoder(net.autoencoder), jnp.asarray(mean), jnp.asarray(std), prior)
     return net, found | {"stage2": times, "train_seconds": seconds}

@@ -38,9 +38,9 @@ class Totals(eqx.Module):
         return jnp.stack([jax.nn.log_softmax(weights), spread + 3 * locations, jnp.clip(scales - 1, -6, 2)])
 
 
-def least_total(responses):
-    """The least photon sum of responses (N, H, W), int32 () of 1 to that of the papers' data."""
-    return jnp.int32(np.clip(responses.sum((1, 2), dtype=np.int64).min(), 1, CUT))
+def least_total(sums):
+    """The least of photon sums (N,), int32 () of 1 to that of the papers' data."""
+    return jnp.int32(np.clip(sums.min(), 1, CUT))
 
 
 def sum_nll(net, total, c):

@@ -251,7 +251,7 @@ def train_prior(net, arrays, rows, plan, epochs):
     resume = plan.resume and common.saved_after(folder, plan.run)              # else it had not begun
     codes, (responses, c) = common.in_blocks(encode, jax.random.key(0), *arrays), arrays
     plan = plan._replace(run=folder, epochs=epochs, resume=resume)
-    arrays = codes, responses.sum((1, 2), dtype=np.float32), c
+    arrays = codes, data.photon_sums(responses).astype(np.float32), c
     prior, times = train(net.prior, prior_loss, arrays, rows, plan)
     return eqx.tree_at(lambda net: net.prior, net, prior), times["train_seconds"]
 
@@ -464,7 +464,7 @@ def main(argv=None):
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         net = common.first_network(args, make, plan)
         if net.prior:
-            low = least_total(dataset.responses[split.train])
+            low = least_total(data.photon_sums(dataset.responses)[split.train])
             net = eqx.tree_at(lambda net: net.prior.totals.low, net, low)
         loss = partial(batch_loss, variant=args.variant, likelihood=args.likelihood, beta=args.beta)
         net, times = train(net, loss, arrays, split.train, plan)
