@@ -391,8 +391,8 @@ def patch_grid(shape, size):
 
 
 def features(c, detector):
-    """A particle as our networks see it, from its conditions c (C,): what decides how much light it leaves in
-    a detector. Mass, charge, log E, charge / E and impact points, how far the straight line ends from the
+    """A particle as our networks see it, from its conditions c (C,), and a photon sum if totals.py appended
+    one: what decides how much light it leaves in a detector. Mass, charge, log E, charge / E and impact points, how far the straight line ends from the
     beam, waves of mass and distance, since types and the edge of the beam pipe are steps, and how much of a
     shower at either point falls on it. With momenta and vertex, or waves of all, a network knows its training
     particles by heart: W of unseen ones is up to twice as large. "raw": all, with waves of px and py.
@@ -401,10 +401,16 @@ def features(c, detector):
         angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(),
                                   jnp.outer(2.0 ** jnp.arange(3, 7), c[4:6]).ravel()])
         return jnp.concatenate([c, jnp.sin(angles), jnp.cos(angles)])
-    mass, distance = c[7], jnp.arcsinh(jnp.hypot(*jnp.sinh(c[-3:-1])))                 # in PLACE_CM
+    mass, distance = c[7], jnp.arcsinh(jnp.hypot(*jnp.sinh(c[11:13])))                 # in PLACE_CM
     angles = jnp.append(2.0 ** jnp.arange(3) * mass, 2.0 ** jnp.arange(5) * distance)
-    seen, falls = jnp.append(c[7:], distance), vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+    seen, falls = jnp.append(c[7:14], distance), vicinity(c, detector, 4)[1].sum((0, 2))
+    return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2, waves(c[14:])])
+
+
+def waves(numbers):
+    """Numbers (N,) with three waves of each, (7 N,)."""
+    angles = jnp.outer(2.0 ** jnp.arange(3), numbers).ravel()
+    return jnp.concatenate([numbers, jnp.sin(angles), jnp.cos(angles)])
 
 
 def feature_count(conditions, detector):
@@ -425,7 +431,7 @@ def vicinity(c, detector, size):
     x, y = (axis.ravel() for axis in jnp.meshgrid(*middles, indexing="ij"))            # (P,), in fibres
     if len(c) < CONDITIONS["physics"]:
         return jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0, size**2))
-    straight, across, bent = jnp.sinh(c[-3:]) * PLACE_CM                               # bent from ZP's middle
+    straight, across, bent = jnp.sinh(c[11:14]) * PLACE_CM                             # bent from ZP's middle
     dx, dy = x - (straight - detector.centre) / detector.pitch, y - across / detector.pitch
     bent_dx = x - (bent + DETECTORS["zp"].centre - detector.centre) / detector.pitch
     fibres = jnp.arange(size) + (1 - size) / 2

@@ -9,7 +9,8 @@ Photons are counts, most often 0 or 1, so the last part of the path is not integ
 counting noise is about 1 in every fibre. Once the noise of the path, (1 - t) / t, has fallen below that
 (t = 0.6), x_t fixes everything that the fibres have in common, and the same network gives each fibre its own
 distribution of counts, trained by exact likelihood (`--counts round`, `floor`: the usual ways, to compare).
-Faint spots are what is hard to learn: see factor_loss and lit_odds.
+Our network is given the photon sum of the response, drawn first (totals.py). Faint spots are what is hard to
+learn: see factor_loss and lit_odds.
 
     python fm.py --detector zn --steps 11                          a quarter of an hour on two CPU cores
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
@@ -31,6 +32,7 @@ import metrics
 import papers
 from common import Linear, normalise
 from simulator import DETECTORS, Detector
+from totals import Totals, draw_totals, least_total, sum_nll, with_sum
 
 ODDS = 4   # 0 to 3 photons have odds of their own, in data.count_loss
 
@@ -114,8 +116,20 @@ def to_counts(x, how):
 
 
 def batch_loss(net, counts, c, key, how, end):
-    """Loss of counts (B, H, W) and conditions c (B, C), and its parts; the path ends at the time `end`."""
-    size, counts = len(counts), counts.astype(jnp.float32)
+    """Loss of a Generator for counts (B, H, W) and conditions c (B, C), and its parts: of the path, which ends
+    at the time `end`, and of the photon sum that it is given."""
+    counts = counts.astype(jnp.float32)
+    if net.totals is None:
+        return path_loss(net.path, counts, c, key, how, end)
+    total = counts.sum((1, 2))
+    nats = jax.vmap(partial(sum_nll, net.totals))(total, c).mean()
+    loss, parts = path_loss(net.path, counts, jax.vmap(with_sum)(c, total), key, how, end)
+    return loss + nats, parts | {"sum": nats}
+
+
+def path_loss(net, counts, c, key, how, end):
+    """Loss of the path to counts (B, H, W) for c (B, C) or, with the photon sum, (B, C + 1), and its parts."""
+    size = len(counts)
     time_key, *keys = jax.random.split(key, size + 1)
     noise_keys, count_keys = jax.vmap(jax.random.split)(jnp.stack(keys)).T     # (B,) each
     x1 = jax.vmap(partial(to_state, how=how))(counts, key=count_keys)
@@ -163,8 +177,10 @@ def integrate(v, x, end, steps, key):
 
 def sample(net, c, key, shape, how, end, steps):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    noise_key, path_key, count_key = jax.random.split(key, 3)
-    maps = lambda x, t: jax.vmap(net, (0, None, 0))(x, t, c)
+    sum_key, noise_key, path_key, count_key = jax.random.split(key, 4)
+    if net.totals:
+        c = jax.vmap(with_sum)(c, draw_totals(net.totals, c, sum_key))
+    maps = lambda x, t: jax.vmap(net.path, (0, None, 0))(x, t, c)
     v = lambda x, t: jax.vmap(velocity, (0, 0, None))(maps(x, t), x, t)
     x = integrate(v, jax.random.normal(noise_key, (len(c), *shape)), end, steps, path_key)
     if how != "sample":
@@ -212,6 +228,12 @@ def train(net, loss, arrays, rows, plan):
 
 # ---------------------------------------------------------------------------------------------------- network
 # A network maps x (H, W), t () and condition c (C,) of ONE example to maps (K, H, W); vmap makes the batch.
+
+class Generator(eqx.Module):
+    """What is trained: P(S | c), but for --net paper, and the network of the path."""
+    totals: Totals | None
+    path: eqx.Module
+
 
 class Embedding(eqx.Module):
     """Time t and particle c (C,) as one vector (width,)."""
@@ -329,7 +351,10 @@ NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),       #
 def make_network(net, how, detector, conditions, key):
     """Maps: 1 the velocity (paper's network and counts) or 4 the response, 3 + ODDS more those of counts."""
     maps = 7 + ODDS if how == "sample" else 1 if net == "paper" else 4
-    return NETWORKS[net](detector, conditions, maps, key)
+    sum_key, key = jax.random.split(key)
+    if net == "paper":
+        return Generator(None, NETWORKS[net](detector, conditions, maps, key))
+    return Generator(Totals(detector, conditions, sum_key), NETWORKS[net](detector, conditions + 1, maps, key))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -349,15 +374,20 @@ def main(argv=None):
         plan, loss = common.plan(args), partial(batch_loss, how=args.counts, end=end)
         scaler = data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net, times = train(common.first_network(args, make, plan), loss, arrays, split.train, plan)
+        net = common.first_network(args, make, plan)
+        if net.totals:
+            low = least_total(data.photon_sums(dataset.responses)[split.train])
+            net = eqx.tree_at(lambda net: net.totals.low, net, low)
+        net, times = train(net, loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
     draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end,
                                       steps=args.steps))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),))
-    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps,
-                          evaluations=args.steps + (args.counts == "sample"), **times)
+    mflop = common.network_cost(net.path, detector.shape, (), (len(scaler.mean) + bool(net.totals),))["mflop"]
+    return metrics.report(args, draw, scaler, dataset, split, parameters=common.count_parameters(net),
+                          mflop=mflop, steps=args.steps, evaluations=args.steps + (args.counts == "sample"),
+                          **times)
 
 
 if __name__ == "__main__":

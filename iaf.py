@@ -35,7 +35,7 @@ import papers
 from common import Linear, UserError, normal
 from simulator import DETECTORS, Detector
 from splines import BOX, NUMBERS, inverse_spline, spline
-from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_nll, with_sum
+from totals import Totals, draw_totals, least_total, sum_nll, with_sum
 
 ALPHA = 1e-6                      # keeps logits finite, as in CaloFlow (Krause and Shih 2021)
 STAGES = "sum", "teacher", "student"
@@ -480,7 +480,7 @@ class Flow(eqx.Module):
         self.detector, self.logit, self.kind = detector, logit, kind
         self.orders = orders if kind == "teacher" else orders[::-1]
         keys = iter(jax.random.split(key, 2 + len(orders)))
-        inputs = data.feature_count(conditions, detector) + SUM_FEATURES
+        inputs = data.feature_count(conditions + 1, detector)
         self.embedding = [Linear(inputs, embedding, next(keys)), Linear(embedding, embedding, next(keys))]
         near = self.given(jnp.zeros(conditions), jnp.ones(()))[1].shape[1]
         sizes["width"] = width or math.prod(detector.shape) // 20
@@ -489,7 +489,7 @@ class Flow(eqx.Module):
     def given(self, c, total):
         """Particle and photon sum as one vector (E,), and the surroundings of each fibre (D, 9):
         data.near_impact with the logs of its wide bumps."""
-        h = with_sum(c, total, self.detector)
+        h = data.features(with_sum(c, total), self.detector)
         for layer in self.embedding:
             h = jax.nn.silu(layer(h))
         near = data.near_impact(c, self.detector, 1)

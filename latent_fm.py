@@ -35,7 +35,7 @@ import papers
 from checkerboard import Checkerboard
 from common import Linear, UserError, normalise
 from simulator import DETECTORS, Detector
-from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_nll, with_sum
+from totals import Totals, draw_totals, least_total, sum_nll, with_sum
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -391,14 +391,14 @@ class Prior(eqx.Module):
         if net == "paper":
             self.flow = papers.UNet(latent, latent, 8, conditions, flow_key)
         else:
-            self.flow = DenseFlow(data.feature_count(conditions, detector) + SUM_FEATURES, latent, flow_key)
+            self.flow = DenseFlow(data.feature_count(conditions + 1, detector), latent, flow_key)
             self.totals = Totals(detector, conditions, sum_key)
 
     def __call__(self, z, t, c, total):
         """The velocity at z and t () for a particle c (C,) and a photon sum ()."""
         if self.totals is None:
             return self.flow(z, t, c)
-        return self.flow(z, t, with_sum(c, total, self.detector))
+        return self.flow(z, t, data.features(with_sum(c, total), self.detector))
 
 
 class LatentFM(eqx.Module):

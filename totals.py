@@ -13,8 +13,7 @@ import data
 from common import Linear
 from simulator import CUT, Detector
 
-COMPONENTS = 12                   # of the mixture
-SUM_FEATURES = 7
+COMPONENTS = 12   # of the mixture
 
 
 class Totals(eqx.Module):
@@ -71,13 +70,11 @@ def draw_totals(net, c, key):
     return jnp.clip(jnp.round(jnp.exp(jnp.minimum(location + scale * z, 11.0))), net.low, 60_000)
 
 
-def sum_features(total):
-    """A photon sum () as networks see it, (SUM_FEATURES,): its log, and waves of it."""
-    log_total = jnp.log(total)[None] / 2 - 2
-    angles = log_total * 2.0 ** jnp.arange(3)
-    return jnp.concatenate([log_total, jnp.sin(angles), jnp.cos(angles)])
+def scaled_sum(total):
+    """A photon sum as networks see it, about -2 to 2."""
+    return jnp.log(total) / 2 - 2
 
 
-def with_sum(c, total, detector):
-    """Both particle c (C,) and photon sum () as networks see them: data.features and sum_features."""
-    return jnp.concatenate([data.features(c, detector), sum_features(total)])
+def with_sum(c, total):
+    """Conditions c (C,) with a photon sum () as one more, which data.features knows."""
+    return jnp.append(c, scaled_sum(total))

@@ -36,7 +36,7 @@ from common import MLP, Linear, normal, normalise
 from layers import convolve, enlarge
 from papers import ConvBlock, MixerBlock, TransformerBlock
 from simulator import DETECTORS, Detector
-from totals import SUM_FEATURES, Totals, draw_totals, least_total, sum_features, sum_nll, with_sum
+from totals import Totals, draw_totals, least_total, scaled_sum, sum_nll, with_sum
 
 NOISE = 10   # numbers into the noise generator, as many as ALICE O2 feeds its networks
 
@@ -365,7 +365,7 @@ class Prior(eqx.Module):
     def __init__(self, latent, detector, conditions, key, depth=6, width=128):
         half, (first, last, *keys) = latent // 2, jax.random.split(key, 2 + depth)
         self.totals = Totals(detector, conditions, last)
-        seen = data.feature_count(conditions, detector) + SUM_FEATURES
+        seen = data.feature_count(conditions + 1, detector)
         self.embedding = MLP(first, seen, width, width, width)
         self.layers = [MLP(key, half + width, width, 2 * (latent - half)) for key in keys]
 
@@ -376,7 +376,7 @@ class Prior(eqx.Module):
 
     def log(self, z, total, c):
         """log p(z, n | c), but for the constant of a normal distribution."""
-        e = self.embedding(with_sum(c, total, self.totals.detector))
+        e = self.embedding(data.features(with_sum(c, total), self.totals.detector))
         log_determinant = -sum_nll(self.totals, total, c)
         for layer in self.layers:
             first, second = jnp.split(z, [len(z) // 2])
@@ -387,7 +387,7 @@ class Prior(eqx.Module):
 
     def draw(self, noise, total, c):
         """z ~ p(z | c, n) of noise (L,) ~ N(0, 1)."""
-        e, z = self.embedding(with_sum(c, total, self.totals.detector)), noise
+        e, z = self.embedding(data.features(with_sum(c, total), self.totals.detector)), noise
         for layer in self.layers[::-1]:
             first, second = jnp.split(z[::-1], [len(z) // 2])
             shift, log_scale = self.coupling(layer, first, e)
@@ -422,7 +422,7 @@ class Autoencoder(eqx.Module):
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, detector, conditions, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
-        code = latent + SUM_FEATURES if vae else latent if noisy else width
+        code = latent + 7 if vae else latent if noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
@@ -438,7 +438,7 @@ class Autoencoder(eqx.Module):
     def decode(self, z, total, c):
         """What the decoder makes of a latent z (L,) and, for "vae", a photon sum () of a particle c (C,)."""
         if self.variant == "vae":
-            z = jnp.concatenate([z, sum_features(total)])
+            z = jnp.concatenate([z, data.waves(scaled_sum(total)[None])])
         if self.variant == "supervised":
             c = jnp.clip(z, -10, 10)                                           # as data.conditions
             z = self.embedding(data.features(c, self.detector))
