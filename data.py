@@ -391,11 +391,12 @@ def patch_grid(shape, size):
 
 
 def features(c, detector):
-    """A particle as our networks see it, from its conditions c (C,), and a photon sum if totals.py appended
-    one: what decides how much light it leaves in a detector. Mass, charge, log E, charge / E and impact points, how far the straight line ends from the
+    """A particle as our networks see it, from its conditions c (C,): what decides how much light it leaves in
+    a detector. Mass, charge, log E, charge / E and impact points, how far the straight line ends from the
     beam, waves of mass and distance, since types and the edge of the beam pipe are steps, and how much of a
-    shower at either point falls on it. With momenta and vertex, or waves of all, a network knows its training
-    particles by heart: W of unseen ones is up to twice as large. "raw": all, with waves of px and py.
+    shower at either point falls on it; then the photon sum, if totals.py appended one. With momenta and
+    vertex, or waves of all, a network knows its training particles by heart: W of unseen ones is up to twice
+    as large. "raw": all, with waves of px and py.
     """
     if len(c) < CONDITIONS["physics"]:
         angles = jnp.concatenate([jnp.outer(2.0 ** jnp.arange(3), c).ravel(),

@@ -63,8 +63,7 @@ MODELS = {
         partial(latent_fm.sample, steps=args.steps)),
     "fm": lambda args, detector, conditions: (
         partial(fm.make_network, args.net, args.counts, detector, conditions),
-        partial(fm.sample, shape=detector.shape, how=args.counts, steps=args.steps,
-                end=args.exit if args.counts == "sample" else 1.0))}
+        partial(fm.sample, shape=detector.shape, how=args.counts, steps=args.steps))}
 SCRIPTS = {"gan": gan, "vae": vae, "latent_fm": latent_fm, "fm": fm}
 
 

@@ -32,24 +32,23 @@ import metrics
 import papers
 from common import Linear, normalise
 from simulator import DETECTORS, Detector
-from totals import Totals, draw_totals, least_total, sum_nll, with_sum
+from totals import SumFirst, Totals
 
-ODDS = 4   # 0 to 3 photons have odds of their own, in data.count_loss
+EXIT = 0.6   # time of the path at which --counts sample draws the counts, chosen on validation rows
+ODDS = 4     # 0 to 3 photons have odds of their own, in data.count_loss
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse(argv):
     """The resolved flags of the command line."""
-    own = "net", "counts", "exit"
+    own = "net", "counts"
     parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=11)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
-                        help="ours (dense, compact) or the U-Net of [FM] (paper) (default: dense)")
+                        help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
-                        help="get photon counts by drawing them from each fibre's distribution at --exit, by "
-                             "rounding log responses or by the floor of dequantised counts (default: sample)")
-    parser.add_argument("--exit", type=common.number(float, 0.05, 0.95), default=0.6, metavar="T",
-                        help="time of the path at which --counts sample draws the counts (default: 0.6)")
+                        help="get photon counts by drawing them from each fibre's distribution, by rounding "
+                             "log responses or by the floor of dequantised counts (default: sample)")
     return parser.parse_args(argv)
 
 
@@ -85,7 +84,7 @@ def factor_loss(level, lit, x1):
 
 
 def count_nats(net, counts, x1, t, c, key):
-    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at --exit."""
+    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at EXIT."""
     x = (1 - t) * jax.random.normal(key, x1.shape) + t * x1                    # [FM, Eq. 3]
     return jnp.mean(data.count_loss(counts, *count_distribution(net(x, t, c), x)))
 
@@ -115,38 +114,28 @@ def to_counts(x, how):
     return data.rounded_counts(x) if how == "round" else jnp.floor(jnp.square(jnp.maximum(x, 0) / 2))
 
 
-def batch_loss(net, counts, c, key, how, end):
-    """Loss of a Generator for counts (B, H, W) and conditions c (B, C), and its parts: of the path, which ends
-    at the time `end`, and of the photon sum that it is given."""
-    counts = counts.astype(jnp.float32)
-    if net.totals is None:
-        return path_loss(net.path, counts, c, key, how, end)
-    total = counts.sum((1, 2))
-    nats = jax.vmap(partial(sum_nll, net.totals))(total, c).mean()
-    loss, parts = path_loss(net.path, counts, jax.vmap(with_sum)(c, total), key, how, end)
-    return loss + nats, parts | {"sum": nats}
-
-
-def path_loss(net, counts, c, key, how, end):
-    """Loss of the path to counts (B, H, W) for c (B, C) or, with the photon sum, (B, C + 1), and its parts."""
-    size = len(counts)
+def batch_loss(net, counts, c, key, how):
+    """Loss of counts (B, H, W) and conditions c (B, C), and its parts; `how` is --counts."""
+    size, counts = len(counts), counts.astype(jnp.float32)
+    sum_nats, c, net = *net.known(counts, c), net.path
     time_key, *keys = jax.random.split(key, size + 1)
     noise_keys, count_keys = jax.vmap(jax.random.split)(jnp.stack(keys)).T     # (B,) each
     x1 = jax.vmap(partial(to_state, how=how))(counts, key=count_keys)
     u = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size      # stratified: less noise
     if how != "sample":
         path, factor = (loss.mean() for loss in jax.vmap(partial(flow_loss, net))(x1, u, c, noise_keys))
-        return path + factor, {"path": path, "factors": factor}
+        return path + factor + sum_nats, {"path": path, "factors": factor, "sum": sum_nats}
     # half of the batch learns the path, half the counts at its end, where alone they are drawn
     half = size // 2
     # early times come more often: a bright narrow shower finds its place there, and no later time mends it
-    t = end * (u[:half] * size / half) ** 1.5
+    t = EXIT * (u[:half] * size / half) ** 1.5
     losses = jax.vmap(partial(flow_loss, net))(x1[:half], t, c[:half], noise_keys[:half])
     path, factor = (loss.mean() for loss in losses)
-    count_losses = jax.vmap(partial(count_nats, net, t=end))
+    count_losses = jax.vmap(partial(count_nats, net, t=EXIT))
     nats = count_losses(counts[half:], x1[half:], c=c[half:], key=noise_keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
-    return path + factor + 10 * nats, {"path": path, "factors": factor, "nats per fibre": nats}
+    parts = {"path": path, "factors": factor, "nats per fibre": nats, "sum": sum_nats}
+    return path + factor + 10 * nats + sum_nats, parts
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -175,13 +164,13 @@ def integrate(v, x, end, steps, key):
     return x
 
 
-def sample(net, c, key, shape, how, end, steps):
+def sample(net, c, key, shape, how, steps):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
     sum_key, noise_key, path_key, count_key = jax.random.split(key, 4)
-    if net.totals:
-        c = jax.vmap(with_sum)(c, draw_totals(net.totals, c, sum_key))
+    c = net.draw(c, sum_key)
     maps = lambda x, t: jax.vmap(net.path, (0, None, 0))(x, t, c)
     v = lambda x, t: jax.vmap(velocity, (0, 0, None))(maps(x, t), x, t)
+    end = EXIT if how == "sample" else 1.0
     x = integrate(v, jax.random.normal(noise_key, (len(c), *shape)), end, steps, path_key)
     if how != "sample":
         return data.as_uint16(to_counts(x, how))
@@ -228,12 +217,6 @@ def train(net, loss, arrays, rows, plan):
 
 # ---------------------------------------------------------------------------------------------------- network
 # A network maps x (H, W), t () and condition c (C,) of ONE example to maps (K, H, W); vmap makes the batch.
-
-class Generator(eqx.Module):
-    """What is trained: P(S | c), but for --net paper, and the network of the path."""
-    totals: Totals | None
-    path: eqx.Module
-
 
 class Embedding(eqx.Module):
     """Time t and particle c (C,) as one vector (width,)."""
@@ -344,7 +327,6 @@ def modulate(h, scale_and_shift):
 
 
 NETWORKS = {"paper": lambda detector, *rest: papers.ResponseUNet(*rest),       # the U-Net of [FM]
-            "compact": partial(Dense, width=40, depth=2, down=3, up=4, hidden=40, embedding=32),
             "dense": partial(Dense, width=256, depth=3, down=6, up=12, hidden=64, embedding=128)}
 
 
@@ -352,9 +334,8 @@ def make_network(net, how, detector, conditions, key):
     """Maps: 1 the velocity (paper's network and counts) or 4 the response, 3 + ODDS more those of counts."""
     maps = 7 + ODDS if how == "sample" else 1 if net == "paper" else 4
     sum_key, key = jax.random.split(key)
-    if net == "paper":
-        return Generator(None, NETWORKS[net](detector, conditions, maps, key))
-    return Generator(Totals(detector, conditions, sum_key), NETWORKS[net](detector, conditions + 1, maps, key))
+    totals = None if net == "paper" else Totals(detector, conditions, sum_key)
+    return SumFirst(totals, NETWORKS[net](detector, conditions + bool(totals), maps, key))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -363,7 +344,7 @@ def main(argv=None):
     """Train (or load), then score or generate. Returns what metrics.json holds."""
     args = parse(argv)
     common.prepare_jax()
-    detector, end = DETECTORS[args.detector], args.exit if args.counts == "sample" else 1.0
+    detector = DETECTORS[args.detector]
     make = partial(make_network, args.net, args.counts, detector, data.CONDITIONS[args.cond])
     if args.load:
         net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
@@ -371,23 +352,19 @@ def main(argv=None):
     if not args.generate:
         dataset, split = data.open_split(args)
     if not args.load:
-        plan, loss = common.plan(args), partial(batch_loss, how=args.counts, end=end)
+        plan, loss = common.plan(args), partial(batch_loss, how=args.counts)
         scaler = data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
         net = common.first_network(args, make, plan)
-        if net.totals:
-            low = least_total(data.photon_sums(dataset.responses)[split.train])
-            net = eqx.tree_at(lambda net: net.totals.low, net, low)
+        net = net.with_least(data.photon_sums(dataset.responses)[split.train])
         net, times = train(net, loss, arrays, split.train, plan)
         net = common.save_model(args.run, args.header, scaler, times, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, end=end,
-                                      steps=args.steps))
+    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, steps=args.steps))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    mflop = common.network_cost(net.path, detector.shape, (), (len(scaler.mean) + bool(net.totals),))["mflop"]
-    return metrics.report(args, draw, scaler, dataset, split, parameters=common.count_parameters(net),
-                          mflop=mflop, steps=args.steps, evaluations=args.steps + (args.counts == "sample"),
-                          **times)
+    cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),), ())
+    return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps,
+                          evaluations=args.steps + (args.counts == "sample"), **times)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A generator that draws the sum first makes the rest of a response for it, p(x | 
 number is learnt by exact likelihood, so that the light is right where a network of whole responses, which
 follows its training particles, is a few per cent too dark (ZP's unseen particles).
 """
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,32 @@ def draw_totals(net, c, key):
     log_above = jnp.log1p(-u) - jax.nn.softplus(floor)                         # log(1 - F)
     z = jnp.log(-jnp.expm1(jnp.minimum(log_above, -1e-7))) - log_above
     return jnp.clip(jnp.round(jnp.exp(jnp.minimum(location + scale * z, 11.0))), net.low, 60_000)
+
+
+class SumFirst(eqx.Module):
+    """A network `path` of responses that is given their photon sum S as one condition more, and P(S | c), or
+    None where it is not given S, as in the papers."""
+    totals: Totals | None
+    path: eqx.Module
+
+    def known(self, counts, c):
+        """-log P(S | c) in nats of counts (B, H, W), their mean, and c (B, C) with the sums (B, C + 1)."""
+        if self.totals is None:
+            return 0.0, c
+        total = counts.sum((1, 2))
+        return jax.vmap(partial(sum_nll, self.totals))(total, c).mean(), jax.vmap(with_sum)(c, total)
+
+    def __call__(self, x, t, c, total):
+        """Maps of x and t () for a particle c (C,) and a photon sum ()."""
+        return self.path(x, t, with_sum(c, total) if self.totals else c)
+
+    def draw(self, c, key):
+        """c (B, C) with sums drawn from P(S | c), (B, C + 1)."""
+        return jax.vmap(with_sum)(c, draw_totals(self.totals, c, key)) if self.totals else c
+
+    def with_least(self, sums):
+        """The same with the least of photon sums (N,), to which P(S | c) reaches down."""
+        return eqx.tree_at(lambda net: net.totals.low, self, least_total(sums)) if self.totals else self
 
 
 def scaled_sum(total):

@@ -261,16 +261,16 @@ def networks(detector):
     for name in fm.NETWORKS:
         how = "round" if name == "paper" else "sample"
         args = fm.parse(["--detector", detector, "--net", name, "--counts", how])
-        plan, end = common.plan(args), args.exit if how == "sample" else 1.0
+        plan = common.plan(args)
         make = eqx.filter_jit(partial(fm.make_network, name, how, DETECTORS[detector], conditions))
         counts = np.random.default_rng(0).poisson(0.2, (args.batch_size, *shape)).astype(np.uint16)
         c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
-        step = fm.make_step(partial(fm.batch_loss, how=how, end=end), optimiser, plan)
+        step = fm.make_step(partial(fm.batch_loss, how=how), optimiser, plan)
         net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
-        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, end=end, steps=args.steps))
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, steps=args.steps))
         functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(draw, c, key)
-        cost = common.network_cost(net, shape, (), (conditions,))
+        cost = common.network_cost(net, shape, (), (conditions,), ())
         rows.append({"label": name, **cost, "evaluations": args.steps + (how == "sample")})
     seconds = race(functions)
     for row in rows:

@@ -261,7 +261,7 @@ def test_the_path_of_a_solver_is_that_of_ddim(monkeypatch):
     monkeypatch.setattr(diffusion, "count_distribution", lambda maps, x: (x, x, x))
     monkeypatch.setattr(data, "draw_counts", lambda x, *_: states.append(x) or x)
     target = np.random.default_rng(0).uniform(0, 9, (12, 12))
-    model = solvers.Solved(counting(target), solvers.runge_kutta("rk4", 20))
+    model = solvers.Solved(counting(target), solvers.runge_kutta("rk4", 6))
     for steps in (200, None):
         diffusion.sample(model, jnp.zeros((2, 14)), KEY, (12, 12), steps)
     np.testing.assert_allclose(*states, atol=0.05)

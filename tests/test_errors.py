@@ -175,7 +175,6 @@ CASES = {   # flags: what the line must name
     "--seed 4294967296": "--seed",
     "--devices 0": "--devices",
     "--devices 64 --n 100": "--devices",
-    "--exit 1": "--exit",
     "--ema 1": "--ema",
     "--net unet": "--net",
     "--solver heun": "--solver",

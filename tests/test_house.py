@@ -22,10 +22,10 @@ SHARED = ("files", "common", "solvers", "plots", "simulator", "orientation", "da
 # vqgan.py has two stages and two priors, iaf.py three networks, latent_fm.py two pairs of networks,
 # diffusion.py the published sampler and a solver
 # The network of fm.py sees the neighbours of each patch; data.py finds them, and what decides the brightness
-BUDGETS = {"fm": 332, "diffusion": 348, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 560,
+BUDGETS = {"fm": 340, "diffusion": 348, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 560,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 550,
-           "plots": 135, "data": 485, "orientation": 105, "files": 135, "lists": 190, "hep": 165,
-           "checkerboard": 80, "splines": 55, "totals": 80, "simulator": 520, "calorimeter": 420,
+           "plots": 135, "data": 488, "orientation": 105, "files": 135, "lists": 190, "hep": 165,
+           "checkerboard": 80, "splines": 55, "totals": 100, "simulator": 520, "calorimeter": 420,
            "preprocessing": 190, "judge": 160, "hit": 250, "metrics": 725, "shower_metrics": 155,
            "graph": 400, "export": 285, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
            "benchmarks/events": 85, "benchmarks/transfer": 125, "benchmarks/tables": 410,

@@ -80,9 +80,41 @@ def test_the_network_learns_a_distribution():
     assert drawn[kind == 1].mean() == pytest.approx(500, rel=0.1) and net.low == CUT
 
 
-def test_features_tell_sums_apart():
-    """A log and three waves of it."""
-    log = np.log(500) / 2 - 2
+@pytest.mark.parametrize("conditions", data.CONDITIONS.values())
+def test_features_tell_sums_apart(conditions):
+    """A log and three waves of it follow the features of the particle, the same as without it."""
+    c, log = jnp.linspace(-1, 1, conditions), np.log(500) / 2 - 2
+    given = totals.with_sum(c, jnp.float32(500))
+    found, without = (np.asarray(data.features(c, DETECTORS["zp"])) for c in (given, c))
     expected = [log, *np.sin([log, 2 * log, 4 * log]), *np.cos([log, 2 * log, 4 * log])]
-    np.testing.assert_allclose(totals.sum_features(jnp.float32(500)), expected, rtol=1e-4, atol=1e-5)
-    assert len(expected) == totals.SUM_FEATURES
+    np.testing.assert_array_equal(*(data.vicinity(c, DETECTORS["zp"], 4)[1] for c in (given, c)))
+    if conditions == 14:
+        np.testing.assert_array_equal(found[:-7], without)
+        np.testing.assert_allclose(found[-7:], expected, rtol=1e-4, atol=1e-5)
+
+
+def constant(value):
+    """A network of the path that returns what it is given of the particle."""
+    return lambda x, t, c: value + 0 * x + c[-1]
+
+
+def test_a_network_is_given_the_sum():
+    """In training that of the counts, in sampling one from P(S | c), in both as one condition more."""
+    net, numbers, p = mixture()
+    model = totals.SumFirst(net, constant(0.0))
+    counts, c = np.random.default_rng(0).poisson(1.5, (5, 6, 7)), jnp.zeros((5, 3))
+    nats, given = model.known(jnp.float32(counts), c)
+    sums = counts.sum((1, 2))
+    assert nats == pytest.approx(-np.log(p[sums - numbers[0]]).mean(), rel=2e-3)
+    np.testing.assert_allclose(given[:, 3], np.log(sums) / 2 - 2, rtol=1e-5)
+    assert model(jnp.zeros(4), 0.5, c[0], jnp.float32(500))[2] == pytest.approx(np.log(500) / 2 - 2)
+    drawn = model.draw(jnp.zeros((4000, 3)), KEY)
+    expected = np.log(totals.draw_totals(net, jnp.zeros((4000, 3)), KEY)) / 2 - 2
+    np.testing.assert_allclose(drawn[:, 3], expected, rtol=1e-5)
+    assert model.with_least(np.array([40, 7])).totals.low == 7
+
+
+def test_a_published_network_is_not():
+    model, c = totals.SumFirst(None, constant(1.0)), jnp.ones((5, 3))
+    assert model.known(jnp.ones((5, 2, 2)), c)[0] == 0 and model.with_least(np.array([7])) is model
+    assert model.draw(c, KEY) is c and (model(jnp.zeros(4), 0.5, c[0], 500) == 2).all()
