@@ -28,7 +28,7 @@ from tqdm import tqdm
 import files
 from files import UserError
 
-VERSION = "0.7.0"
+VERSION = "0.8.0"
 FORMAT = "zdc-checkpoint-4"
 WEIGHTS = Path(__file__).parent / "weights"
 LOGGED = 50  # steps from one line of log.jsonl to the next

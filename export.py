@@ -34,6 +34,7 @@ import gan
 import hit
 import latent_fm
 import metrics
+import solvers
 import vae
 from common import UserError
 from orientation import Axes
@@ -61,9 +62,9 @@ MODELS = {
     "latent_fm": lambda args, detector, conditions: (
         partial(latent_fm.make_latent_fm, args.net, detector, conditions, args.latent),
         partial(latent_fm.sample, steps=args.steps)),
-    "fm": lambda args, detector, conditions: (
-        partial(fm.make_network, args.net, args.counts, detector, conditions),
-        partial(fm.sample, shape=detector.shape, how=args.counts, steps=args.steps))}
+    "fm": lambda args, *sizes: (
+        partial(solvers.unfitted, partial(fm.make_network, args.net, args.counts, *sizes), args.steps),
+        partial(fm.sample, shape=sizes[0].shape, how=args.counts))}
 SCRIPTS = {"gan": gan, "vae": vae, "latent_fm": latent_fm, "fm": fm}
 
 

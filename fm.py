@@ -4,6 +4,7 @@ A straight line leads from noise x_0 ~ N(0, 1) at t = 0 to a response x_1 at t =
 velocity for the particle c; a response is drawn by following that velocity from noise:
     x_t = (1 - t) x_0 + t x_1            (Eq. 3)      v_t = x_1 - x_0                            (Eq. 4)
     x_(t+dt) = x_t + dt v_theta          (Eq. 5)      L = E || v_theta(x_t, t, c) - v_t ||^2      (Eq. 6)
+A solver that is fitted to the trained network follows it in a few steps (solvers.py, [CaloDREAM]).
 
 Photons are counts, most often 0 or 1, so the last part of the path is not integrated. With x = 2 sqrt(n) the
 counting noise is about 1 in every fibre. Once the noise of the path, (1 - t) / t, has fallen below that
@@ -12,12 +13,11 @@ distribution of counts, trained by exact likelihood (`--counts round`, `floor`: 
 Our network is given the photon sum of the response, drawn first (totals.py). Faint spots are what is hard to
 learn: see factor_loss and lit_odds.
 
-    python fm.py --detector zn --steps 11                          a quarter of an hour on two CPU cores
+    python fm.py --detector zn --steps 6                           a quarter of an hour on two CPU cores
     python fm.py --load weights/fm-zn.eqx --generate particles.csv --out responses.h5
 
 Prints the training, then every score of metrics.py beside its oracle; ends with `written: runs/fm-zn/`.
 """
-import math
 from functools import partial
 
 import equinox as eqx
@@ -30,20 +30,21 @@ import common
 import data
 import metrics
 import papers
+import solvers
 from common import Linear, normalise
 from simulator import DETECTORS, Detector
 from totals import SumFirst, Totals
 
-EXIT = 0.6   # time of the path at which --counts sample draws the counts, chosen on validation rows
-ODDS = 4     # 0 to 3 photons have odds of their own, in data.count_loss
+END = {"round": 1.0, "floor": 1.0, "sample": 0.6}   # time at which the path ends, chosen on validation rows
+ODDS = 4   # 0 to 3 photons have odds of their own, in data.count_loss
 
 
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse(argv):
     """The resolved flags of the command line."""
-    own = "net", "counts"
-    parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=11)
+    own = "net", "counts", "steps"
+    parser = common.parser(__doc__, "fm", own=own, n=60_000, epochs=12, lr=2e-3, steps=6)
     parser.add_argument("--net", choices=NETWORKS, default="dense",
                         help="our network (dense) or the U-Net of [FM] (paper) (default: dense)")
     parser.add_argument("--counts", choices=("sample", "round", "floor"), default="sample",
@@ -84,7 +85,7 @@ def factor_loss(level, lit, x1):
 
 
 def count_nats(net, counts, x1, t, c, key):
-    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at EXIT."""
+    """-log P(counts | x_t) per fibre of one response (H, W), in nats; counts are drawn from it at END."""
     x = (1 - t) * jax.random.normal(key, x1.shape) + t * x1                    # [FM, Eq. 3]
     return jnp.mean(data.count_loss(counts, *count_distribution(net(x, t, c), x)))
 
@@ -128,10 +129,10 @@ def batch_loss(net, counts, c, key, how):
     # half of the batch learns the path, half the counts at its end, where alone they are drawn
     half = size // 2
     # early times come more often: a bright narrow shower finds its place there, and no later time mends it
-    t = EXIT * (u[:half] * size / half) ** 1.5
+    t = END[how] * (u[:half] * size / half) ** 1.5
     losses = jax.vmap(partial(flow_loss, net))(x1[:half], t, c[:half], noise_keys[:half])
     path, factor = (loss.mean() for loss in losses)
-    count_losses = jax.vmap(partial(count_nats, net, t=EXIT))
+    count_losses = jax.vmap(partial(count_nats, net, t=END[how]))
     nats = count_losses(counts[half:], x1[half:], c=c[half:], key=noise_keys[half:]).mean()
     # 10: gradients of like size, chosen on validation rows
     parts = {"path": path, "factors": factor, "nats per fibre": nats, "sum": sum_nats}
@@ -140,41 +141,38 @@ def batch_loss(net, counts, c, key, how):
 
 # ---------------------------------------------------------------------------------------------------- sampler
 
-CHURN = 0.25   # of a step that is made too far and undone, chosen on validation rows
+def slope(net, x, s, c, end):
+    """dx / ds of responses x (B, H, W) of particles c (B, C), where s goes from 0 to 1 as t does to `end`."""
+    maps = jax.vmap(net, (0, None, 0))(x, s * end, c)
+    return end * jax.vmap(velocity, (0, 0, None))(maps, x, s * end)
 
 
-def integrate(v, x, end, steps, key):
-    """Follow dx/dt = v(x, t) from noise at t = 0 to `end`. A step leads straight towards the response that
-    x_t predicts, x_t + (1 - t) v; that it goes on changing as since the last step makes the method one of
-    second order (Adams and Bashforth extrapolate v, and need twice the steps). Each step leads too far, and
-    fresh noise leads back (Karras et al. 2022, section 4): smears are forgotten. Unrolled: loops are slow."""
-    times, before, last = end * (np.arange(steps + 1) / steps)**1.15, None, 0  # 1.15: a shorter first one
-    for t, s, key in zip(times, times[1:], jax.random.split(key, steps)):
-        far = min(s + CHURN * (s - t), 1.0)
-        slope = v(x, t)
-        predicted = x + (1 - t) * slope
-        x = x + (far - t) * slope                                              # [FM, Eq. 5]
-        if before is not None:
-            # solves dx/dt = (predicted - x) / (1 - t) for a prediction that is linear in time
-            bend = far - t - (1 - far) * np.log((1 - t) / max(1 - far, 1e-9))
-            x = x + bend / (t - last) * (predicted - before)
-        spread = math.sqrt((1 - s)**2 - (s / far * (1 - far))**2)              # what Eq. 3 lacks at s
-        x = s / far * x + spread * jax.random.normal(key, x.shape)
-        before, last = predicted, t
+def fit_solver(net, c, shape, end, steps):
+    """The network with a solver of `steps` evaluations for it, fitted to paths of particles c (M, C)."""
+    x0, c = jax.random.normal(jax.random.key(0), (len(c), *shape)), net.draw(c, jax.random.key(1))
+    return solvers.Solved(net, solvers.fit(partial(slope, net.path, end=end), x0, c, steps, "bns-global"))
+
+
+def integrate(v, x0, solver):
+    """Follow dx/ds = v(x, s) from noise x_0 by a fitted solver, each of whose states is made of x_0 and all
+    slopes so far. With a = 1 and b = ds it is Euler's method [FM, Eq. 5]. Unrolled: XLA is slow on loops."""
+    x, slopes = x0, []
+    for s, a, b in zip(*solver):
+        slopes.append(v(x, s))
+        x = a * x0 + sum(weight * slope for weight, slope in zip(b, slopes))   # [CaloDREAM, Eq. 15]
     return x
 
 
-def sample(net, c, key, shape, how, steps):
+def sample(model, c, key, shape, how):
     """Draw one response for each condition c (B, C): photon counts uint16 (B, H, W)."""
-    sum_key, noise_key, path_key, count_key = jax.random.split(key, 4)
-    c = net.draw(c, sum_key)
-    maps = lambda x, t: jax.vmap(net.path, (0, None, 0))(x, t, c)
-    v = lambda x, t: jax.vmap(velocity, (0, 0, None))(maps(x, t), x, t)
-    end = EXIT if how == "sample" else 1.0
-    x = integrate(v, jax.random.normal(noise_key, (len(c), *shape)), end, steps, path_key)
+    sum_key, noise_key, count_key = jax.random.split(key, 3)
+    net, c, end = model.net.path, model.net.draw(c, sum_key), END[how]
+    x0 = jax.random.normal(noise_key, (len(c), *shape))
+    x = integrate(lambda x, s: slope(net, x, s, c, end), x0, model.solver)
     if how != "sample":
         return data.as_uint16(to_counts(x, how))
-    location, scale, odds = jax.vmap(count_distribution)(maps(x, end), x)
+    maps = jax.vmap(net, (0, None, 0))(x, end, c)
+    location, scale, odds = jax.vmap(count_distribution)(maps, x)
     return data.as_uint16(data.draw_counts(location, scale, count_key, odds))
 
 
@@ -345,9 +343,10 @@ def main(argv=None):
     args = parse(argv)
     common.prepare_jax()
     detector = DETECTORS[args.detector]
-    make = partial(make_network, args.net, args.counts, detector, data.CONDITIONS[args.cond])
+    network = partial(make_network, args.net, args.counts, detector, data.CONDITIONS[args.cond])
+    make = partial(solvers.unfitted, network, args.steps)
     if args.load:
-        net, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
+        model, scaler = common.load_model(args.load, make), data.stored_scaler(args.header)
         times = args.header["scores"]
     if not args.generate:
         dataset, split = data.open_split(args)
@@ -355,14 +354,16 @@ def main(argv=None):
         plan, loss = common.plan(args), partial(batch_loss, how=args.counts)
         scaler = data.first_scaler(args, dataset.particles[split.train])
         arrays = dataset.responses, data.conditions(dataset.particles, scaler)
-        net = common.first_network(args, make, plan)
+        net = common.first_network(args, make, plan).net
         net = net.with_least(data.photon_sums(dataset.responses)[split.train])
         net, times = train(net, loss, arrays, split.train, plan)
-        net = common.save_model(args.run, args.header, scaler, times, net)
-    draw = eqx.filter_jit(eqx.Partial(sample, net, shape=detector.shape, how=args.counts, steps=args.steps))
+        c = arrays[1][split.train[:solvers.FITTED]]
+        model = fit_solver(net, c, detector.shape, END[args.counts], args.steps)
+        model = common.save_model(args.run, args.header, scaler, times, model)
+    draw = eqx.filter_jit(eqx.Partial(sample, model, shape=detector.shape, how=args.counts))
     if args.generate:
         return metrics.generate_file(args, draw, scaler)
-    cost = common.network_cost(net, detector.shape, (), (len(scaler.mean),), ())
+    cost = common.network_cost(model.net, detector.shape, (), (len(scaler.mean),), ())
     return metrics.report(args, draw, scaler, dataset, split, **cost, steps=args.steps,
                           evaluations=args.steps + (args.counts == "sample"), **times)
 

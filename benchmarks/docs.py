@@ -187,8 +187,8 @@ ADVERSARIES = {"model": key("label"), **PUBLISHED, **VALIDATED, "factor": at("fa
 STEPS = {"script": lambda row: row["command"].split()[1], "flags": key("label"),
          "evaluations": key("evaluations"), "W": at("validation.W.value"), "R": at("validation.W.R"),
          "MAE": at("validation.MAE.value"), "ms per response": MS}
-SAMPLERS = {"diffusion.py": key("label"), "steps": key("steps"), "W": at("W"), "R": at("validation.W.R"),
-            "MAE": at("validation.MAE.value"), "AUC high": at("AUC_high", ".3f"),
+SAMPLERS = {"script": key("script"), "sampler": key("label"), "steps": key("steps"), "W": at("W"),
+            "R": at("validation.W.R"), "MAE": at("validation.MAE.value"), "AUC high": at("AUC_high", ".3f"),
             "AUC low": at("AUC_low", ".3f"), "ms per response": MS, "batch 1": at("ms_per_response.1")}
 O2 = {"model": key("label"), "equal fibres, %": at("equal", ".5f", 100), "furthest": key("furthest"),
       **{f"{name.replace('_', ' ')} in O2's form (JAX)": pair(f"o2.{name}.value", f"seen.{name}.value", ".3f")
@@ -338,7 +338,7 @@ TABLES = {
     "autoencoders": lambda root: tabled(root, "autoencoders", columns=AUTOENCODERS),
     "adversaries": lambda root: tabled(root, "adversaries", columns=ADVERSARIES),
     "students": lambda root: tabled(root, "students", columns=STUDENTS, rows=students),
-    "steps": lambda root: tabled(root, "fm-sweep", "latent_fm-sweep", columns=STEPS),
+    "steps": lambda root: tabled(root, "latent_fm-sweep", columns=STEPS),
     "samplers": lambda root: tabled(root, "steps", columns=SAMPLERS),
     "passes": lambda root: tabled(root, "vqgan-sweep", columns=STEPS, rows=lambda result: [
         row for row in result["rows"] if row["label"].startswith("steps")]),

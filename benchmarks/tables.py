@@ -7,7 +7,7 @@ A row whose run folder holds the metrics.json of its command is not run again, o
 resumed. The scores are collected in benchmarks/results/TABLE-DETECTOR.json, beside figures published for
 GEANT data. `results` trains the models of weights/: copy a run's model.eqx and metrics.json there to publish
 them. `networks` and `flows` compare costs in one process, in which all take turns; `solvers` is
-Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx, `steps` compares the samplers of diffusion.py.
+Fig. 9 of [CaloDREAM] for weights/calodream-DETECTOR.eqx, `steps` compares samplers of fm.py and diffusion.py.
 """
 import itertools
 import json
@@ -84,8 +84,8 @@ def tables(detector):
     passes = [f"--steps {n}" for n in (2, 4, 8, 16, 32)]
     return {
         "results": {model: f"{model}.py {rows} {recipe}" for model, recipe in RECIPES[detector].items()},
-        "variants": {"fm, default flags": "fm.py --steps 11", "fm, seed 1": "fm.py --steps 11 --seed 1",
-                     "fm, seed 2": "fm.py --steps 11 --seed 2",
+        "variants": {"fm, default flags": "fm.py --steps 6", "fm, seed 1": "fm.py --steps 6 --seed 1",
+                     "fm, seed 2": "fm.py --steps 6 --seed 2",
                      "latent_fm, published network": "latent_fm.py --net paper --epochs 5 --flow-epochs 10"},
         "counts": {how: f"fm.py --n 20000 --counts {how}" for how in ("round", "floor", "sample")},
         "autoencoders": {label: vae.format(*label.split(", ")) for label in PUBLISHED["autoencoders"]},
@@ -94,7 +94,6 @@ def tables(detector):
         "channels": {"direct estimates": "channels.py"},
         "learning": {f"{net}, {n}": f"fm.py --net {net} --batch-size 128 --epochs {n} --validate"
                      for net, n in LEARNING},
-        "fm-sweep": sweep("fm", weights, [f"--steps {n}" for n in (1, 2, 4, 5, 8, 11, 16, 32)]),
         "latent_fm-sweep": sweep("latent_fm", weights, [f"--steps {n}" for n in (1, 2, 4, 7, 11, 16, 32)]),
         "vqgan-sweep": sweep("vqgan", weights, passes + tokens),
         "priors": {prior: f"vqgan.py --prior {prior} --validate" for prior in ("masked", "gpt")}}
@@ -267,7 +266,8 @@ def networks(detector):
         c, optimiser = np.zeros((len(counts), conditions), np.float32), common.adamw(plan, 1000)
         step = fm.make_step(partial(fm.batch_loss, how=how), optimiser, plan)
         net, state = make(key), common.first_state(make(key), optimiser)       # a step gives its state away
-        draw = eqx.filter_jit(eqx.Partial(fm.sample, net, shape=shape, how=how, steps=args.steps))
+        model = methods.unfitted(lambda key: net, args.steps, key)
+        draw = eqx.filter_jit(eqx.Partial(fm.sample, model, shape=shape, how=how))
         functions[name, "step"] = partial(next, repeated(step, (counts, c, key, np.int32(0)), state))
         functions[name, "draw"] = partial(draw, c, key)
         cost = common.network_cost(net, shape, (), (conditions,), ())
@@ -365,28 +365,32 @@ FITTED, DDIM, DRAWN = (2, 3, 4, 6, 8), (10, 25, 50), 6000
 
 
 def steps(detector, root=ROOT):
-    """Scores and times of the samplers of diffusion.py for the network of weights/, on validation rows."""
+    """Scores and times of the samplers of fm.py and diffusion.py for the networks of weights/, on validation
+    rows."""
     rows, shape = [], DETECTORS[detector].shape
-    path = root / f"weights/diffusion-{detector}.eqx"
-    args = diffusion.parse(["--load", str(path), "--detector", detector])
-    make = partial(diffusion.make_network, args.net, DETECTORS[detector], data.CONDITIONS[args.cond])
-    model = common.load_model(args.load, partial(methods.unfitted, make, args.steps))
-    scaler, (dataset, split) = data.stored_scaler(args.header), data.open_split(args)
-    test = data.select(dataset, split.validation[:DRAWN])
-    c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
-    cases = [("fitted", n, diffusion.fit_solver(model.net, c, shape, n), {}) for n in FITTED]
-    cases += [(f"DDIM, eta {eta}", n, model, dict(steps=n, eta=eta)) for n in DDIM for eta in (0.0, 0.7)]
-    real = metrics.summarise(test.responses)
-    for label, n, solved, flags in cases:
-        draw = eqx.filter_jit(eqx.Partial(diffusion.sample, solved, shape=shape, **flags))
-        made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
-        scores = metrics.quick_scores(args, test, made, f"{label}, {n} steps")
-        judged = metrics.judge_pair(real, metrics.summarise(made), test.particles, 0)
-        rows.append({"label": label, "steps": n, "rows": {"validation": len(made)}, "validation": scores,
-                     "W": scores["W"]["value"], **judged["scores"],
-                     **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
-    path = root / f"pictures/diffusion-{detector}-steps.png"
-    plot_lines(path, rows, "label", [("steps", "W"), ("steps", "AUC_high")])
+    for script, module, kind, end in ("fm", fm, ("sample",), (fm.END["sample"],)), (
+            "diffusion", diffusion, (), ()):
+        path = root / f"weights/{script}-{detector}.eqx"
+        args = module.parse(["--load", str(path), "--detector", detector])
+        make = partial(module.make_network, args.net, *kind, DETECTORS[detector], data.CONDITIONS[args.cond])
+        model = common.load_model(args.load, partial(methods.unfitted, make, args.steps))
+        scaler, (dataset, split) = data.stored_scaler(args.header), data.open_split(args)
+        test = data.select(dataset, split.validation[:DRAWN])
+        c = data.conditions(dataset.particles[split.train[:methods.FITTED]], scaler)
+        cases = [("fitted", n, module.fit_solver(model.net, c, shape, *end, n), kind) for n in FITTED]
+        if script == "diffusion":
+            cases += [(f"DDIM, eta {eta}", n, model, (n, eta)) for n in DDIM for eta in (0.0, 0.7)]
+        real = metrics.summarise(test.responses)
+        for label, n, solved, flags in cases:
+            draw = eqx.filter_jit(lambda c, key: module.sample(solved, c, key, shape, *flags))
+            made = metrics.generator(draw, scaler, args.seed)(test.particles, 0)
+            scores = metrics.quick_scores(args, test, made, f"{script}.py, {label}, {n} steps")
+            judged = metrics.judge_pair(real, metrics.summarise(made), test.particles, 0)
+            rows.append({"script": f"{script}.py", "label": label, "line": f"{script}.py, {label}",
+                         "steps": n, "rows": {"validation": len(made)}, "validation": scores,
+                         "W": scores["W"]["value"], **judged["scores"],
+                         **common.time_sampler(draw, len(scaler.mean), (1, 256), repeats=3)})
+    plot_lines(root / f"pictures/{detector}-steps.png", rows, "line", [("steps", "W"), ("steps", "AUC_high")])
     return {"rows": rows}
 
 

@@ -18,6 +18,7 @@ import gan
 import iaf
 import latent_fm
 import metrics
+import solvers
 import tiny
 import vae
 import vqgan
@@ -59,7 +60,8 @@ def checkpoint(path, detector="zn", **changed):
     scaler = data.fit_conditions(table(), args.cond)
     header = args.header | {"scaler": scaler._asdict(), "scores": {"train_seconds": 1.0, "step_seconds": 1.0}}
     header = {name: value for name, value in (header | changed).items() if value is not None}
-    make = partial(fm.make_network, "tiny", args.counts, data.DETECTORS[detector], len(scaler.mean))
+    network = partial(fm.make_network, "tiny", args.counts, data.DETECTORS[detector], len(scaler.mean))
+    make = partial(solvers.unfitted, network, args.steps)
     half = lambda leaf: np.float16 if leaf.dtype == np.float32 else leaf.dtype
     zeros = lambda leaf: np.zeros(leaf.shape, half(leaf)) if hasattr(leaf, "dtype") else leaf
     common.save_checkpoint(path, header, jax.tree.map(zeros, eqx.filter_eval_shape(make, jax.random.key(0))))

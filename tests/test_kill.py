@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import data
 import files
 import fm
 import metrics
+import solvers
 import tiny
 
 CHILD = f"""
@@ -82,8 +84,9 @@ def test_killed_generation(tmp_path):
     dataset = data.open_data("zn", 700, quiet=True)
     tiny.save(tmp_path / "list.h5", dataset)
     scaler = data.fit_conditions(dataset.particles, args.cond)
-    net = fm.make_network("tiny", args.counts, data.DETECTORS["zn"], len(scaler.mean), jax.random.key(0))
-    common.save_model(tmp_path, args.header, scaler, {}, net)
+    network = partial(fm.make_network, "tiny", args.counts, data.DETECTORS["zn"], len(scaler.mean))
+    model = solvers.unfitted(network, args.steps, jax.random.key(0))
+    common.save_model(tmp_path, args.header, scaler, {}, model)
     out.write_bytes(b"an old file")
     # two blocks are in the file when it is killed
     child = start(tmp_path, "common.BLOCK = 4\nchannels = metrics.channels\n"
@@ -94,5 +97,5 @@ def test_killed_generation(tmp_path):
     [part] = tmp_path.glob(".out.*")
     kill_when(child, lambda: True)
     assert part.exists() and out.read_bytes() == b"an old file"
-    fm.main("--load model.eqx --generate list.h5 --out out.h5 --steps 2 --all-hit --quiet".split())
+    fm.main("--load model.eqx --generate list.h5 --out out.h5 --all-hit --quiet".split())
     assert np.array_equal(data.load(out, "zn").particles, dataset.particles)
