@@ -405,7 +405,8 @@ def features(c, detector):
     mass, distance = c[7], jnp.arcsinh(jnp.hypot(*jnp.sinh(c[11:13])))                 # in PLACE_CM
     angles = jnp.append(2.0 ** jnp.arange(3) * mass, 2.0 ** jnp.arange(5) * distance)
     seen, falls = jnp.append(c[7:14], distance), vicinity(c, detector, 4)[1].sum((0, 2))
-    return jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2, waves(c[14:])])
+    known = jnp.concatenate([seen, jnp.sin(angles), jnp.cos(angles), jnp.log(falls + 1e-3) / 2])
+    return jnp.append(known, waves(c[14:])) if len(c) > CONDITIONS["physics"] else known
 
 
 def waves(numbers):

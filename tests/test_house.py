@@ -24,7 +24,7 @@ SHARED = ("files", "common", "solvers", "plots", "simulator", "orientation", "da
 # The network of fm.py sees the neighbours of each patch; data.py finds them, and what decides the brightness
 BUDGETS = {"fm": 340, "diffusion": 348, "vae": 440, "latent_fm": 450, "gan": 440, "vqgan": 620, "iaf": 560,
            "channels": 330, "calodream": 630, "solvers": 150, "layers": 90, "papers": 490, "common": 550,
-           "plots": 135, "data": 488, "orientation": 105, "files": 135, "lists": 190, "hep": 165,
+           "plots": 135, "data": 490, "orientation": 105, "files": 135, "lists": 190, "hep": 165,
            "checkerboard": 80, "splines": 55, "totals": 100, "simulator": 520, "calorimeter": 420,
            "preprocessing": 190, "judge": 160, "hit": 250, "metrics": 725, "shower_metrics": 155,
            "graph": 400, "export": 285, "benchmarks/o2": 95, "benchmarks/o2_call": 70,
