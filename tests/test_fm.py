@@ -335,7 +335,9 @@ def test_two_devices_take_the_steps_of_one(dataset, tmp_path):
 def test_bf16_trains_float32_weights(dataset, trained, tmp_path):
     net = run(dataset, tmp_path, "--precision", "bf16")[0]
     assert {leaf.dtype for leaf in leaves(net.path)} == {jnp.dtype("float32")}
-    assert losses(tmp_path)[-1] == pytest.approx(losses(trained[0])[-1], rel=0.1)
+    found, expected = losses(tmp_path)[-1], losses(trained[0])[-1]
+    assert found.pop("gradient norm") == pytest.approx(expected.pop("gradient norm"), rel=0.3)
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 HOST = f"""
@@ -434,7 +436,7 @@ def test_what_a_run_leaves(trained):
         assert {"value", "spread", "oracle", "R"} <= result[part]["W"].keys()
     header = common.read_header(folder / "model.eqx")
     assert (header["script"], header["detector"], len(header["scaler"]["mean"])) == ("fm", "zn", 14)
-    assert header["parameters"] == result["parameters"]
+    assert header["parameters"] == result["parameters"] + 2 + 2 + 4            # and the solver of two steps
 
 
 def test_saved_and_loaded(trained, tmp_path):
@@ -500,7 +502,7 @@ def test_finetuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
     old, new = (common.read_header(path) for path in (model, tmp_path / "run" / "model.eqx"))
     assert new["scaler"] == old["scaler"] and new["flags"]["net"] == "tiny" and "axes" in new
     make = partial(solvers.unfitted, partial(fm.make_network, "tiny", "sample", data.DETECTORS["zn"], 14), 2)
-    nets = [common.load_model(path, make) for path in (model, tmp_path / "run" / "model.eqx")]
+    nets = [common.load_model(path, make).net for path in (model, tmp_path / "run" / "model.eqx")]
     for a, b in zip(*map(jax.tree.leaves, nets), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
 
