@@ -422,7 +422,7 @@ class Autoencoder(eqx.Module):
         seen, outputs = (width, 2 * latent) if vae else (0, self.latent)
         self.prior = Prior(latent, detector, conditions, keys[4]) if vae else None
         self.encoder = Encoder(arch, detector.shape, seen, outputs, keys[2])
-        code = latent + 7 if vae else latent if noisy else width
+        code = latent + len(data.waves(jnp.zeros(1))) if vae else latent if noisy else width
         near = data.near_impact(jnp.zeros(0 if noisy else conditions), detector, PATCH[arch]).shape[1]
         self.decoder = Decoder(arch, detector.shape, code, near, likelihood, keys[3])
 
